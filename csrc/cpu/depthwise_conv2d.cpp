@@ -1,0 +1,114 @@
+#include "depthwise_conv2d.h"
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <numeric>
+
+namespace lkconv::cpu {
+namespace {
+
+constexpr double kCyclesPerThread = 20000;  // less work than this is not worth waking a thread for
+
+int64_t grain_for(int64_t tasks, double cycles) {
+  const double threads = std::max(1.0, cycles / kCyclesPerThread);
+  return std::max<int64_t>(1, int64_t(double(tasks) / threads));
+}
+
+// Forward problems whose caller cannot fall back to PyTorch.
+Switches own_kernels_only() {
+  Switches s = switches_from_environment();
+  s.aten = false;
+  return s;
+}
+
+void run_forward(const ForwardProblem& p, const Machine& m, const ParallelFor& parallel) {
+  if (p.batch == 0 || p.channels == 0 || p.out_height == 0 || p.out_width == 0) return;
+  const DType dtype = p.input.dtype;
+  const Plan plan = choose_depthwise_conv2d(Pass::forward, p, p.reduce, dtype, m, own_kernels_only());
+  const Kernels& k = *kernels_for(plan.isa);
+  const auto kernel = plan.algorithm == Algorithm::toeplitz ? k.forward_toeplitz
+                      : plan.algorithm == Algorithm::fft    ? k.forward_fft
+                      : dtype == DType::f64                 ? k.forward_direct_f64
+                                                            : k.forward_direct_f32;
+  const int64_t tasks = ceil_div(channel_groups(p.channels, plan), plan.span) *
+                        ceil_div(p.batch, plan.images) * ceil_div(p.out_height, plan.tile_h) *
+                        ceil_div(p.out_width, plan.tile_w);
+  parallel(tasks, grain_for(tasks, plan.cycles), [&](int64_t a, int64_t b) { kernel(p, plan, a, b); });
+}
+
+template <class T>
+std::unique_ptr<T, void (*)(void*)> allocate(int64_t count) {
+  void* p = std::aligned_alloc(64, size_t(ceil_div(count * int64_t(sizeof(T)), 64) * 64));
+  if (!p) throw std::bad_alloc();
+  return {static_cast<T*>(p), std::free};
+}
+
+template <class T, class Kernel, class Reduce>
+void run_weight(const WeightProblem& p, const Plan& plan, Kernel kernel, Reduce reduce,
+                const ParallelFor& parallel) {
+  const int64_t groups = channel_groups(p.channels, plan);
+  auto partial = allocate<T>(plan.splits * groups * p.kernel_h * p.kernel_w * plan.lanes);
+  const int64_t tasks = groups * plan.splits;
+  parallel(tasks, grain_for(tasks, plan.cycles),
+           [&](int64_t a, int64_t b) { kernel(p, plan, partial.get(), a, b); });
+  const double reduce_cycles = double(groups * plan.splits * p.kernel_h * p.kernel_w) * 4;
+  parallel(groups, grain_for(groups, reduce_cycles),
+           [&](int64_t a, int64_t b) { reduce(p, plan, partial.get(), a, b); });
+}
+
+}  // namespace
+
+bool adjacent_channels(const ConvParams& p, const TensorView& a, const TensorView& b) {
+  return a.stride_c == 1 && b.stride_c == 1 && p.multiplier == 1;
+}
+
+bool prefers_aten(const ConvParams& p, Pass pass, const TensorView& from, const TensorView& to,
+                  const Machine& m) {
+  if (p.batch * p.out_channels() * p.out_height * p.out_width == 0) return false;
+  ForwardProblem f =
+      pass == Pass::forward ? forward_problem(p) : backward_input_phases(p, from, {}, to).at(0);
+  f.adjacent = adjacent_channels(p, from, to);
+  return choose_depthwise_conv2d(pass, f, f.reduce, from.dtype, m, switches_from_environment()).algorithm ==
+         Algorithm::aten;
+}
+
+void depthwise_conv2d(const ConvParams& p, const TensorView& input, const TensorView& weight,
+                      const TensorView& bias, const TensorView& output, const Machine& m,
+                      const ParallelFor& parallel) {
+  ForwardProblem f = forward_problem(p);
+  f.input = input, f.weight = weight, f.bias = bias, f.output = output;
+  f.adjacent = adjacent_channels(p, input, output);
+  run_forward(f, m, parallel);
+}
+
+void depthwise_conv2d_backward_input(const ConvParams& p, const TensorView& grad_output,
+                                     const TensorView& weight, const TensorView& grad_input, const Machine& m,
+                                     const ParallelFor& parallel) {
+  for (ForwardProblem& f : backward_input_phases(p, grad_output, weight, grad_input)) {
+    f.adjacent = adjacent_channels(p, grad_output, grad_input);
+    run_forward(f, m, parallel);
+  }
+}
+
+void depthwise_conv2d_backward_weight(const ConvParams& p, const TensorView& grad_output,
+                                      const TensorView& input, const TensorView& grad_weight,
+                                      const Machine& m, const ParallelFor& parallel) {
+  if (p.out_channels() == 0) return;
+  WeightProblem w = weight_problem(p);
+  w.input = input, w.grad_output = grad_output, w.grad_weight = grad_weight;
+  w.adjacent = adjacent_channels(p, input, grad_output);
+  const DType dtype = input.dtype;
+  const Plan plan = choose_depthwise_conv2d(Pass::backward_weight, w, 1, dtype, m, own_kernels_only());
+  const Kernels& k = *kernels_for(plan.isa);
+  if (dtype == DType::f64)
+    run_weight<double>(w, plan, k.weight_direct_f64, k.weight_reduce_f64, parallel);
+  else
+    run_weight<float>(w, plan,
+                      plan.algorithm == Algorithm::toeplitz ? k.weight_toeplitz
+                      : plan.algorithm == Algorithm::fft    ? k.weight_fft
+                                                            : k.weight_direct_f32,
+                      k.weight_reduce_f32, parallel);
+}
+
+}  // namespace lkconv::cpu

@@ -1,0 +1,258 @@
+// Group aggregation, forward: depthwise convolution, pointwise product, normalisation and hardswish of one
+// strip of an image while it is in cache.
+#pragma once
+
+namespace lkconv::cpu::LKCONV_ISA::group_mix {
+
+template <class T, class F>
+LKCONV_INLINE void with_storage(DType dtype, F&& f) {
+  if constexpr (std::is_same_v<T, double>) {
+    f(double());
+  } else {
+    if (dtype == DType::f32)
+      f(float());
+    else if (dtype == DType::bf16)
+      f(bf16());
+    else
+      f(f16());
+  }
+}
+
+template <class T>
+constexpr GroupMixSizes kSizes{kLanes<T>};
+
+// a * clamp(a + 3, 0, 6) / 6. The comparisons are written so that a NaN stays one.
+template <class T>
+LKCONV_INLINE Vec<T> hard_swish(Vec<T> a) {
+  const Vec<T> zero{}, six = zero + T(6);
+  Vec<T> r = a + T(3);
+  r = r < zero ? zero : r;
+  r = r > six ? six : r;
+  return a * r * T(1.0 / 6);
+}
+
+// 0 up to -3, 1 from 3 on, a / 3 + 1 / 2 between.
+template <class T>
+LKCONV_INLINE Vec<T> hard_swish_slope(Vec<T> a) {
+  const Vec<T> zero{}, one = zero + T(1);
+  Vec<T> r = a * T(1.0 / 3) + T(0.5);
+  r = a <= zero - T(3) ? zero : r;
+  return a >= zero + T(3) ? one : r;
+}
+
+template <class T>
+LKCONV_INLINE T sum_lanes(Vec<T> v) {
+  T s = 0;
+  for (int l = 0; l < kLanes<T>; ++l) s += v[l];
+  return s;
+}
+
+inline int64_t kind_parts(int64_t kind) { return kind == kLocalKind ? kParts : 1; }
+
+// Segment `kind` of part `part` of one image of (B, N, 3, 5, d).
+template <class S>
+Tokens<S> segment_tokens(const TokenShape& t, S* qkv, int64_t image, int64_t part, int64_t kind) {
+  const int64_t d = t.segment, token = kParts * kKinds * d;
+  return {qkv + image * t.tokens() * token + (part * kKinds + kind) * d, token};
+}
+
+// Channels from `channel` on of one image of (3, B, N, width).
+template <class S>
+Tokens<S> part_tokens(const TokenShape& t, S* data, int64_t image, int64_t part, int64_t width,
+                      int64_t channel) {
+  return {data + (part * t.batch + image) * t.tokens() * width + channel, width};
+}
+
+template <class S>
+Tokens<S> local_tokens(const TokenShape& t, S* data, int64_t image, int64_t token) {
+  return {data + image * t.tokens() * token, token};
+}
+
+// Merges one tile's mean and squared differences into the running ones (Chan, Golub, LeVeque 1979).
+template <class T>
+void merge_statistics(T* statistics, int64_t padded, const T* u, int64_t count) {
+  constexpr int L = kLanes<T>;
+  const T before = statistics[0], total = before + T(count);
+  for (int64_t c = 0; c < padded; c += L) {
+    Vec<T> sum{}, squares{};
+    for (int64_t i = 0; i < count; ++i) sum += load(u + i * padded + c);
+    const Vec<T> mean = sum / T(count);
+    for (int64_t i = 0; i < count; ++i) {
+      const Vec<T> d = load(u + i * padded + c) - mean;
+      squares += d * d;
+    }
+    T* to = statistics + padded + c;
+    const Vec<T> delta = mean - load(to);
+    store(to, load(to) + delta * (T(count) / total));
+    store(to + padded, load(to + padded) + squares + delta * delta * (before * T(count) / total));
+  }
+  statistics[0] = total;
+}
+
+// LayerNorm over the d channels of a token: u becomes its normalised value; returns 1 / standard deviation.
+template <class T>
+LKCONV_INLINE T standardise(T* u, int64_t channels, T eps) {
+  constexpr int L = kLanes<T>;
+  Vec<T> sum{}, squares{};
+  for (int64_t c = 0; c < channels; c += L) sum += load(u + c);  // padding holds zeros
+  const T mean = sum_lanes<T>(sum) / T(channels);
+  for (int64_t c = 0; c < channels; c += L) {
+    const Vec<T> d = lanes_below<T>(channels - c, load(u + c) - mean);
+    squares += d * d;
+    store(u + c, d);
+  }
+  const T rstd = T(1) / std::sqrt(sum_lanes<T>(squares) / T(channels) + eps);
+  for (int64_t c = 0; c < channels; c += L) store(u + c, load(u + c) * rstd);
+  return rstd;
+}
+
+// U = P D(z) of one strip, tile by tile: done(first token, tokens, U) with U of padded rows. `init` is added.
+template <class T, class S, class Done>
+void mix_strip(const AggregateProblem<T>& p, int64_t kind, const Strip& strip, const T* init, Done&& done) {
+  constexpr int L = kLanes<T>;
+  const int64_t padded = kSizes<T>.padded(p.segment), groups = padded / L, parts = kind_parts(kind);
+  const int64_t kernel = kKindKernel[kind], r = kernel / 2, depth = parts * padded;
+  Window<T> w{nullptr, strip.y0 - r, strip.y1 - strip.y0 + 2 * r, p.width, r};
+  const int64_t rows = std::min(rows_at_once<T>(p.width, depth), strip.y1 - strip.y0);
+  const int64_t pixels = rows * p.width + kRowSlack;
+  T* tile = thread_scratch<T>(pixels * (depth + padded) + parts * groups * w.group_size());
+  T* u = tile + pixels * depth;
+  w.data = u + pixels * padded;
+  for (int64_t i = 0; i < parts; ++i)
+    load_window(
+        w, i * groups, groups,
+        segment_tokens(p, static_cast<const S*>(p.qkv), strip.image, parts == 1 ? strip.part : i, kind),
+        p.height, p.segment);
+  std::memset(tile, 0, size_t(pixels * depth) * sizeof(T));
+  const MixWeights<T>& weights = p.weights[kind];
+  for (int64_t y = strip.y0; y < strip.y1; y += rows) {
+    const int64_t y1 = std::min(y + rows, strip.y1), count = (y1 - y) * p.width;
+    for (int64_t g = 0; g < parts * groups; ++g)
+      depthwise_rows(w, g, kernel, weights.depthwise + g * kernel * kernel * L, Vec<T>{}, y, y1, tile + g * L,
+                     depth);
+    gemm<T, Rows::pixels>(Left<T>{tile, depth, 1}, weights.in_out, padded, depth, count, groups, init,
+                          [=](int64_t i, int64_t j, Vec<T> v)
+                              __attribute__((always_inline)) { store(u + i * padded + j * L, v); });
+    done(y * p.width, count, u);
+  }
+}
+
+// Segment 0, which is not convolved: the same interface.
+template <class T, class S, class Done>
+void copy_strip(const AggregateProblem<T>& p, const Strip& strip, Done&& done) {
+  const int64_t padded = kSizes<T>.padded(p.segment),
+                step = std::max<int64_t>(1, 16384 / int64_t(sizeof(T)) / padded);
+  T* u = thread_scratch<T>(step * padded);
+  std::memset(u, 0, size_t(step * padded) * sizeof(T));
+  const auto from = segment_tokens(p, static_cast<const S*>(p.qkv), strip.image, strip.part, 0);
+  for (int64_t n = strip.y0 * p.width; n < strip.y1 * p.width; n += step) {
+    const int64_t count = std::min(step, strip.y1 * p.width - n);
+    load_tokens(u, padded, from, n, count, p.segment);
+    done(n, count, u);
+  }
+}
+
+// L = hardswish(LayerNorm(U)) of a tile; U itself is kept for the backward pass when prelocal asks for it.
+template <class T, class S>
+void finish_local(const AggregateProblem<T>& p, int64_t image, int64_t n, int64_t count, T* u) {
+  constexpr int L = kLanes<T>;
+  const int64_t padded = kSizes<T>.padded(p.segment);
+  const auto to = local_tokens(p, static_cast<S*>(p.local), image, p.segment);
+  if (p.prelocal)
+    store_tokens(local_tokens(p, static_cast<S*>(p.prelocal), image, p.segment), n, count, p.segment, u,
+                 padded);
+  for (int64_t i = 0; i < count; ++i, u += padded) {
+    standardise(u, p.segment, p.layer_norm_eps);
+    for (int64_t c = 0; c < p.segment; c += L)
+      store_channels<T>(
+          to.at(n + i) + c, p.segment - c,
+          hard_swish<T>(load(u + c) * load(p.layer_norm + c) + load(p.layer_norm + padded + c)));
+  }
+}
+
+template <class T, class S>
+void local_strip(const AggregateProblem<T>& p, const Strip& strip) {
+  mix_strip<T, S>(p, kLocalKind, strip, nullptr,
+                  [&](int64_t n, int64_t count, T* u) { finish_local<T, S>(p, strip.image, n, count, u); });
+}
+
+// Evaluation: BatchNorm is folded into the pointwise product, one pass.
+template <class T>
+void aggregate(const AggregateProblem<T>& p, int64_t kind, int64_t begin, int64_t end) {
+  constexpr int L = kLanes<T>;
+  const int64_t padded = kSizes<T>.padded(p.segment);
+  with_storage<T>(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    for (int64_t i = begin; i < end; ++i) {
+      const Strip strip = p.plan[kind].at(i, p.height);
+      if (kind == kLocalKind) {
+        local_strip<T, S>(p, strip);
+        continue;
+      }
+      const auto to = part_tokens(p, static_cast<S*>(p.mixed), strip.image, strip.part, kMixed * p.segment,
+                                  kind * p.segment);
+      auto activate = [&](int64_t n, int64_t count, T* u) {
+        for (int64_t i = 0; i < count; ++i, u += padded)
+          for (int64_t c = 0; c < p.segment; c += L) {
+            const Vec<T> a = kind ? load(u + c) : load(u + c) * load(p.scale + c) + load(p.shift + c);
+            store_channels<T>(to.at(n + i) + c, p.segment - c, hard_swish<T>(a));
+          }
+      };
+      if (kind == 0)
+        copy_strip<T, S>(p, strip, activate);
+      else
+        mix_strip<T, S>(p, kind, strip, p.shift + kind * padded, activate);
+    }
+  });
+}
+
+// Training, first pass: U and its statistics; the non-attention branch whole.
+template <class T>
+void mix(const AggregateProblem<T>& p, int64_t kind, int64_t begin, int64_t end, T* statistics) {
+  const int64_t padded = kSizes<T>.padded(p.segment);
+  with_storage<T>(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    for (int64_t i = begin; i < end; ++i) {
+      const Strip strip = p.plan[kind].at(i, p.height);
+      auto gather = [&](int64_t, int64_t count, T* u) { merge_statistics(statistics, padded, u, count); };
+      if (kind == kLocalKind) {
+        local_strip<T, S>(p, strip);
+      } else if (kind == 0) {
+        copy_strip<T, S>(p, strip, gather);
+      } else {
+        const auto to = part_tokens(p, static_cast<S*>(p.premix), strip.image, strip.part,
+                                    (kMixed - 1) * p.segment, (kind - 1) * p.segment);
+        mix_strip<T, S>(p, kind, strip, nullptr, [&](int64_t n, int64_t count, T* u) {
+          store_tokens(to, n, count, p.segment, u, padded);
+          gather(n, count, u);
+        });
+      }
+    }
+  });
+}
+
+// Training, second pass: hardswish(scale * U + shift). Tokens are counted over (3, B, N).
+template <class T>
+void normalize(const AggregateProblem<T>& p, int64_t begin, int64_t end) {
+  constexpr int L = kLanes<T>;
+  const int64_t d = p.segment, padded = kSizes<T>.padded(d), tokens = p.tokens();
+  with_storage<T>(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t part = i / (p.batch * tokens), image = i / tokens % p.batch, n = i % tokens;
+      const auto plain = segment_tokens(p, static_cast<const S*>(p.qkv), image, part, 0);
+      const auto pre = part_tokens(p, static_cast<const S*>(p.premix), image, part, (kMixed - 1) * d, 0);
+      const auto to = part_tokens(p, static_cast<S*>(p.mixed), image, part, kMixed * d, 0);
+      for (int64_t s = 0; s < kMixed; ++s) {
+        const S* from = s ? pre.at(n) + (s - 1) * d : plain.at(n);
+        for (int64_t c = 0; c < d; c += L) {
+          const Vec<T> u = load_channels<T>(from + c, d - c);
+          const Vec<T> a = u * load(p.scale + s * padded + c) + load(p.shift + s * padded + c);
+          store_channels<T>(to.at(n) + s * d + c, d - c, hard_swish<T>(a));
+        }
+      }
+    }
+  });
+}
+
+}  // namespace lkconv::cpu::LKCONV_ISA::group_mix

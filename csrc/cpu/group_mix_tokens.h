@@ -1,0 +1,208 @@
+// Moving channels of tokens between tensors and scratch, windows of padded image rows, and the two depthwise
+// convolutions and the correlation that run on them. One vector is L channels of one pixel.
+#pragma once
+
+namespace lkconv::cpu::LKCONV_ISA::group_mix {
+
+template <class T>
+LKCONV_INLINE Vec<T> lanes_below(int64_t count, Vec<T> v) {
+  constexpr int L = kLanes<T>;
+  using I = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  typedef I VI __attribute__((vector_size(LKCONV_VECTOR_BYTES)));
+  VI lane;
+  for (int i = 0; i < L; ++i) lane[i] = i;
+  return lane < I(count) ? v : Vec<T>{};
+}
+
+// The first `count` channels at p, zeros after, and writing them; neither touches what lies past them.
+template <class T, class S>
+LKCONV_INLINE Vec<T> load_channels(const S* p, int64_t count) {
+  return count >= kLanes<T> ? load_as(p, T()) : load_part(p, count, T());
+}
+template <class T, class S>
+LKCONV_INLINE void store_channels(S* p, int64_t count, Vec<T> v) {
+  if (count >= kLanes<T>)
+    store_from(p, v);
+  else
+    store_part(p, v, count);
+}
+
+// A tensor of tokens, `token` elements from one to the next.
+template <class S>
+struct Tokens {
+  S* data;
+  int64_t token;
+  S* at(int64_t n) const { return data + n * token; }
+};
+
+// dst[i][0, padded channels) = the channels of token n0 + i
+template <class T, class S>
+void load_tokens(T* dst, int64_t dst_row, const Tokens<const S>& src, int64_t n0, int64_t count,
+                 int64_t channels) {
+  constexpr int L = kLanes<T>;
+  for (int64_t i = 0; i < count; ++i, dst += dst_row)
+    for (int64_t c = 0; c < channels; c += L)
+      store(dst + c, load_channels<T>(src.at(n0 + i) + c, channels - c));
+}
+
+template <class T, class S>
+void store_tokens(const Tokens<S>& dst, int64_t n0, int64_t count, int64_t channels, const T* src,
+                  int64_t src_row) {
+  constexpr int L = kLanes<T>;
+  for (int64_t i = 0; i < count; ++i, src += src_row)
+    for (int64_t c = 0; c < channels; c += L)
+      store_channels<T>(dst.at(n0 + i) + c, channels - c, load(src + c));
+}
+
+// Rows [top, top + rows) of an image as [group][row][column][lane], zero outside the image, with `radius`
+// columns of zeros on either side.
+template <class T>
+struct Window {
+  T* data;
+  int64_t top, rows, width, radius;
+
+  int64_t row_size() const { return (width + 2 * radius) * kLanes<T>; }
+  int64_t group_size() const { return rows * row_size(); }
+  // pixel x of image row y; x may be in the margin
+  T* at(int64_t group, int64_t y, int64_t x) const {
+    return data + group * group_size() + (y - top) * row_size() + (x + radius) * kLanes<T>;
+  }
+};
+
+template <class T>
+void clear_rows(const Window<T>& w, int64_t group, int64_t groups, int64_t y0, int64_t y1) {
+  for (int64_t g = group; g < group + groups; ++g)
+    if (y1 > y0) std::memset(w.at(g, y0, -w.radius), 0, size_t((y1 - y0) * w.row_size()) * sizeof(T));
+}
+
+// Zeros around the image: the margins of rows [y0, y1), and whole rows outside them.
+template <class T>
+void clear_outside(const Window<T>& w, int64_t group, int64_t groups, int64_t y0, int64_t y1) {
+  clear_rows(w, group, groups, w.top, y0);
+  clear_rows(w, group, groups, y1, w.top + w.rows);
+  const size_t margin = size_t(w.radius * kLanes<T>) * sizeof(T);
+  for (int64_t g = group; g < group + groups; ++g)
+    for (int64_t y = y0; y < y1; ++y) {
+      std::memset(w.at(g, y, -w.radius), 0, margin);
+      std::memset(w.at(g, y, w.width), 0, margin);
+    }
+}
+
+// `groups` may be more than the channels fill: the rest is zeros.
+template <class T, class S>
+void load_window(const Window<T>& w, int64_t group, int64_t groups, const Tokens<const S>& image,
+                 int64_t height, int64_t channels) {
+  constexpr int L = kLanes<T>;
+  const int64_t y0 = std::clamp<int64_t>(0, w.top, w.top + w.rows),
+                y1 = std::clamp<int64_t>(height, y0, w.top + w.rows);
+  const int64_t used = ceil_div(channels, L), step = w.group_size();
+  clear_outside(w, group, used, y0, y1);
+  clear_rows(w, group + used, groups - used, w.top, w.top + w.rows);
+  for (int64_t y = y0; y < y1; ++y) {
+    T* to = w.at(group, y, 0);
+    for (int64_t x = 0; x < w.width; ++x, to += L) {
+      const S* from = image.at(y * w.width + x);
+      for (int64_t g = 0; g < used; ++g)
+        store(to + g * step, load_channels<T>(from + g * L, channels - g * L));
+    }
+  }
+}
+
+// out[i] = init + sum over u, v < V of w[u][v] * in[u][i + v], for i < X: a register tile, as in direct.h.
+template <class T, int X, int V>
+LKCONV_INLINE void depthwise_block(const T* in, int64_t in_row, const T* w, Vec<T> init, T* out,
+                                   int64_t out_step) {
+  constexpr int L = kLanes<T>;
+  Vec<T> acc[X];
+#pragma GCC unroll 16
+  for (int i = 0; i < X; ++i) acc[i] = init;
+  for (int u = 0; u < V; ++u, in += in_row, w += V * L) {
+    Vec<T> k[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) k[v] = load(w + v * L);
+#pragma GCC unroll 32
+    for (int j = 0; j < X + V - 1; ++j) {
+      Vec<T> p = load(in + j * L);
+      keep(p);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v)
+        if (j - v >= 0 && j - v < X) acc[j - v] += k[v] * p;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < X; ++i) store(out + i * out_step, acc[i]);
+}
+
+template <class T, int V>
+void depthwise_row(const T* in, int64_t in_row, const T* w, Vec<T> init, T* out, int64_t out_step,
+                   int64_t width, int64_t block) {
+  constexpr int L = kLanes<T>;
+  for (int64_t xb = 0; xb < width; xb += block) {
+    const int64_t x =
+        std::min(xb, width - block);  // the last block repeats outputs rather than reading past the row
+    const T* from = in + x * L;
+    T* to = out + x * out_step;
+    switch (block) {
+#if LKCONV_VECTOR_REGISTERS >= 32
+      case 14:
+        depthwise_block<T, 14, V>(from, in_row, w, init, to, out_step);
+        break;
+#endif
+      case 8:
+        depthwise_block<T, 8, V>(from, in_row, w, init, to, out_step);
+        break;
+      case 7:
+        depthwise_block<T, 7, V>(from, in_row, w, init, to, out_step);
+        break;
+      case 4:
+        depthwise_block<T, 4, V>(from, in_row, w, init, to, out_step);
+        break;
+      case 2:
+        depthwise_block<T, 2, V>(from, in_row, w, init, to, out_step);
+        break;
+      default:
+        depthwise_block<T, 1, V>(from, in_row, w, init, to, out_step);
+        break;
+    }
+  }
+}
+
+// out[(y - y0) * width + x][...] = init + depthwise k x k of the window's group, for rows [y0, y1).
+template <class T>
+void depthwise_rows(const Window<T>& in, int64_t group, int64_t kernel, const T* weight, Vec<T> init,
+                    int64_t y0, int64_t y1, T* out, int64_t out_step) {
+  const int64_t r = kernel / 2, block = direct_block(in.width);
+  for (int64_t y = y0; y < y1; ++y, out += in.width * out_step) {
+    const T* from = in.at(group, y - r, -r);
+    switch (kernel) {
+      case 3:
+        depthwise_row<T, 3>(from, in.row_size(), weight, init, out, out_step, in.width, block);
+        break;
+      case 5:
+        depthwise_row<T, 5>(from, in.row_size(), weight, init, out, out_step, in.width, block);
+        break;
+      default:
+        depthwise_row<T, 7>(from, in.row_size(), weight, init, out, out_step, in.width, block);
+        break;
+    }
+  }
+}
+
+// sum[tap] += sum over rows [y0, y1) of grad[y, x] * in[y + u - r, x + v - r]: the gradient of the weight.
+template <class T>
+void correlate_window(T* sum, const Window<T>& grad, const Window<T>& in, int64_t group, int64_t kernel,
+                      int64_t y0, int64_t y1) {
+  constexpr int L = kLanes<T>;
+  const int64_t r = kernel / 2;
+  for (int64_t y = y0; y < y1; ++y)
+    correlate<T>(sum, kernel * L, grad.at(group, y, 0), in.at(group, y - r, -r), in.row_size(), kernel,
+                 kernel, in.width, 1, 1);
+}
+
+// Rows of images handled at once, so that their pixels fill `bytes` of first-level cache.
+template <class T>
+int64_t rows_at_once(int64_t width, int64_t channels, int64_t bytes = 16384) {
+  return std::max<int64_t>(1, bytes / int64_t(sizeof(T)) / channels / width);
+}
+
+}  // namespace lkconv::cpu::LKCONV_ISA::group_mix

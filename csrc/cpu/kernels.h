@@ -1,0 +1,41 @@
+// The table of entry points that each instruction set provides, and what the kernels need from outside.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "fft_plan.h"
+#include "problem.h"
+
+namespace lkconv::cpu {
+
+struct Kernels {
+  int lanes_f32, lanes_f64;
+  void (*forward_direct_f32)(const ForwardProblem&, const Plan&, int64_t task0, int64_t task1);
+  void (*forward_direct_f64)(const ForwardProblem&, const Plan&, int64_t task0, int64_t task1);
+  void (*forward_fft)(const ForwardProblem&, const Plan&, int64_t task0, int64_t task1);
+  void (*weight_direct_f32)(const WeightProblem&, const Plan&, float* partial, int64_t task0, int64_t task1);
+  void (*weight_direct_f64)(const WeightProblem&, const Plan&, double* partial, int64_t task0, int64_t task1);
+  void (*weight_fft)(const WeightProblem&, const Plan&, float* partial, int64_t task0, int64_t task1);
+  void (*weight_reduce_f32)(const WeightProblem&, const Plan&, float* partial, int64_t group0,
+                            int64_t group1);
+  void (*weight_reduce_f64)(const WeightProblem&, const Plan&, double* partial, int64_t group0,
+                            int64_t group1);
+  // bfloat16 on matrix units; null where there are none.
+  void (*forward_toeplitz)(const ForwardProblem&, const Plan&, int64_t task0, int64_t task1);
+  void (*weight_toeplitz)(const WeightProblem&, const Plan&, float* partial, int64_t task0, int64_t task1);
+};
+
+// Null when this build has no code for the instruction set.
+const Kernels* kernels_for(Isa isa);
+
+// A 64-byte aligned buffer owned by the calling thread and reused between calls; contents are undefined. FFT and
+// Toeplitz plans stay below kMaxScratchBytes; a direct plan holds one window of (halo + a few) rows by (halo +
+// tile) columns, which only an extreme dilation makes large.
+void* thread_scratch_bytes(size_t bytes);
+template <class T>
+T* thread_scratch(int64_t count) {
+  return static_cast<T*>(thread_scratch_bytes(size_t(count) * sizeof(T)));
+}
+
+}  // namespace lkconv::cpu

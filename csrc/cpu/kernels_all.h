@@ -1,0 +1,20 @@
+// Every kernel, for the instruction set whose target region includes this file.
+#pragma once
+
+#include "simd.h"
+#include "lanes_io.h"
+#include "direct.h"
+#include "direct_weight.h"
+#include "fft.h"
+#include "fft_conv.h"
+
+namespace lkconv::cpu::LKCONV_ISA {
+
+inline constexpr Kernels kKernels = {
+    kLanes<float>,          kLanes<double>, forward_direct<float>,
+    forward_direct<double>, forward_fft,    weight_direct<float>,
+    weight_direct<double>,  weight_fft,     weight_reduce<float>,
+    weight_reduce<double>,  nullptr,        nullptr,
+};
+
+}  // namespace lkconv::cpu::LKCONV_ISA

@@ -1,0 +1,292 @@
+#include "planner.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+
+#include "fft_plan.h"
+#include "toeplitz_plan.h"
+
+namespace lkconv::cpu {
+namespace {
+
+constexpr int64_t kWindowBytes =
+    384 << 10;  // of a direct tile's input window: well inside a second-level cache
+constexpr int64_t kMaxTileWidth = 128;
+// Cycles to move one vector of pixels between a tensor and scratch: channels_last, contiguous (transposing).
+constexpr double kMoveCycles[] = {9, 15};
+constexpr double kPhaseMoveCycles[] = {22, 60};  // a phase writes every stride-th pixel
+constexpr double kFftMoveCycles[] = {9, 22};
+constexpr double kFftScale = 1.55;  // measured cycles of whole transforms over the sum of their butterflies
+constexpr int64_t kMaxAtenTaps = 25;
+constexpr int64_t kMaxAtenPhaseTaps = 36;  // taps of the first phase times phases: at most 5x5 at stride 2
+constexpr double kAtenMargin = 1.1;
+// Cycles of one call beyond ours. Not a function of the thread count, which must change no result.
+constexpr double kAtenCallCycles = 160000;
+constexpr int64_t kBatchPixels = 224;  // outputs computed between loading and storing
+
+// Number of (output, tap) pairs on one axis whose input lies inside the image.
+int64_t in_bounds_pairs(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t dil) {
+  int64_t pairs = 0;
+  for (int64_t u = 0; u < kernel; ++u) {
+    const int64_t shift = u * dil - pad;  // input index = y * stride + shift
+    const int64_t first = shift >= 0 ? 0 : ceil_div(-shift, stride);
+    const int64_t last = in - 1 - shift < 0 ? -1 : std::min(out - 1, (in - 1 - shift) / stride);
+    pairs += std::max<int64_t>(0, last - first + 1);
+  }
+  return pairs;
+}
+
+// Even parts no larger than `limit`.
+int64_t even_part(int64_t size, int64_t limit) {
+  return ceil_div(size, ceil_div(size, std::max<int64_t>(1, limit)));
+}
+
+// How many channel groups a direct task takes, and how many rows, so that channels_last memory is streamed
+// and every thread still has work.
+void choose_span(const Geometry& g, const Machine& m, int64_t bytes_per_group, Plan& p) {
+  const int64_t groups = channel_groups(g.channels, p);
+  if (g.adjacent)
+    p.span = std::clamp<int64_t>(kWindowBytes / std::max<int64_t>(1, bytes_per_group), 1,
+                                 std::min(groups, kMaxSpan));
+  p.span = even_part(groups, p.span);
+  const int64_t wanted = m.threads > 1 ? 4 * m.threads : 1;
+  const int64_t tasks = ceil_div(groups, p.span) * g.batch * ceil_div(g.out_width, p.tile_w);
+  if (tasks >= wanted || tasks == 0) return;
+  const int64_t halo = std::max<int64_t>(g.kernel_h - 1, 0) * g.dil_h / g.stride_h;
+  const int64_t parts =
+      std::clamp<int64_t>(ceil_div(wanted, tasks), 1, std::max<int64_t>(1, g.out_height / (4 * halo + 4)));
+  p.tile_h = ceil_div(g.out_height, parts);
+  if (tasks * parts < wanted)
+    p.span = even_part(groups, std::max<int64_t>(1, p.span * tasks * parts / wanted));
+}
+
+Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
+  Plan p;
+  p.algorithm = Algorithm::direct;
+  p.isa = m.isa;
+  const bool wide = dtype == DType::f64;
+  p.lanes = wide ? m.lanes_f64 : m.lanes_f32;
+  const int64_t vector = p.lanes * (wide ? 8 : 4);
+  p.tile_w = even_part(g.out_width, kMaxTileWidth);
+  const int64_t row =
+      ((p.tile_w - 1) * g.stride_w + std::max<int64_t>(g.kernel_w - 1, 0) * g.dil_w + 1) * vector;
+  const int64_t halo = std::max<int64_t>(g.kernel_h - 1, 0) * g.dil_h + 1, taps = g.kernel_h * g.kernel_w;
+  if (pass == Pass::backward_weight) {
+    int64_t rows = std::max<int64_t>(1, (kWindowBytes / row - halo) / g.stride_h + 1);
+    rows = std::max(rows, std::min(g.out_height, halo / g.stride_h + 1));  // re-read at most half of the rows
+    p.tile_h = even_part(g.out_height, rows);
+    p.scratch_bytes = row * std::min(g.height, (p.tile_h - 1) * g.stride_h + halo) +
+                      p.tile_h * p.tile_w * vector + taps * vector;
+  } else {
+    p.tile_h = g.out_height;
+    p.batch_rows = even_part(g.out_height, std::max<int64_t>(4, ceil_div(kBatchPixels, p.tile_w)));
+    const int64_t per_group = row * direct_ring_rows(g, p) +
+                              p.batch_rows * p.tile_w * vector * (1 + (reduce > 1)) + taps * vector * reduce;
+    choose_span(g, m, per_group, p);
+    p.scratch_bytes = per_group * p.span + halo * int64_t(sizeof(void*) + 8);
+  }
+  // Columns of the zero halo cost as much as the image's, but where the band matrix is full.
+  const bool dense = pass != Pass::backward_weight && g.stride_w == 1 && g.dil_w == 1 &&
+                     g.pad_w >= g.out_width - 1 && g.width - 1 + g.pad_w < g.kernel_w;
+  const double column_pairs = dense
+                                  ? double(g.width * g.out_width)
+                                  : double(g.out_width * std::min(g.kernel_w, (g.width + 13) / g.dil_w + 1));
+  const double pairs =
+      double(in_bounds_pairs(g.height, g.out_height, g.kernel_h, g.stride_h, g.pad_h, g.dil_h)) *
+      double(in_bounds_pairs(g.width, g.out_width, g.kernel_w, g.stride_w, g.pad_w, g.dil_w));
+  const int64_t groups = channel_groups(g.channels, p);
+  const double vectors =
+      double(in_bounds_pairs(g.height, g.out_height, g.kernel_h, g.stride_h, g.pad_h, g.dil_h)) *
+      column_pairs * double(reduce) * double(groups * g.batch);
+  const bool unit = g.stride_w == 1 && g.dil_w == 1;
+  const double pixels =
+      double(g.height * g.width * reduce + g.out_height * g.out_width) * double(groups * g.batch);
+  p.flops = 2 * pairs * double(reduce) * double(g.batch * g.channels);
+  // 1.12: multiply-adds per cycle reached by unit-stride tiles; strided ones load a pixel for each.
+  const double move = (g.phases > 1 ? kPhaseMoveCycles : kMoveCycles)[!g.adjacent];
+  p.cycles = vectors * (unit ? 1.12 : 1.5) + move * pixels + double(groups * taps) * 20;
+  if (pass == Pass::backward_weight) p.cycles += 0.1 * vectors;
+  return p;
+}
+
+struct AxisChoice {
+  int64_t tile = 0, length = 0;
+};
+
+// Transform length and outputs per tile of one axis: least cost per output. Lengths are limited so that a
+// tile's spectrum stays within a core's own cache.
+AxisChoice choose_axis(int64_t in, int64_t out, int64_t kernel, int64_t pad, int64_t dil, int64_t limit) {
+  AxisChoice best;
+  double best_cost = std::numeric_limits<double>::infinity();
+  for (int64_t n = 1; n <= limit; ++n) {
+    const FftPlan* f = fft_plan(n);
+    if (!f) continue;
+    int64_t tile = out;
+    if (fft_axis(in, out, kernel, pad, dil, tile).length > n) {
+      tile = n - std::max<int64_t>(1, fft_axis(in, out, kernel, pad, dil, 1).extent) + 1;
+      if (tile < 1) continue;
+      tile = even_part(out, tile);
+    }
+    const double cost = (f->cost + 8.0 * double(n)) * double(ceil_div(out, tile));
+    if (cost < best_cost) best = {tile, n}, best_cost = cost;
+  }
+  return best;
+}
+
+// Each of the following fills in a plan and returns null, or returns why its algorithm cannot take the
+// problem.
+const char* fft_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
+                         const Switches& switches, Plan& p) {
+  p.algorithm = Algorithm::fft;
+  if (dtype == DType::f64) return "float64 is summed directly: the FFT kernels are float32";
+  if (!switches.fft) return "LKCONV_FFT=0";
+  if (g.stride_h != 1 || g.stride_w != 1) return "stride is not 1";
+  if (g.kernel_h * g.kernel_w < 2) return "the kernel has fewer than two taps";
+  p.isa = m.isa;
+  p.lanes = m.lanes_f32;
+  const AxisChoice h = choose_axis(g.height, g.out_height, g.kernel_h, g.pad_h, g.dil_h, 128);
+  const AxisChoice w = choose_axis(g.width, g.out_width, g.kernel_w, g.pad_w, g.dil_w, 128);
+  if (!h.length || !w.length) return "the kernel is longer than the longest transform";
+  p.tile_h = h.tile, p.tile_w = w.tile, p.fft_h = h.length, p.fft_w = w.length;
+  const double fh = fft_plan(p.fft_h)->cost, fw = fft_plan(p.fft_w)->cost;
+  const int64_t columns = p.fft_w / 2 + 1;
+  const FftAxis ah = fft_axis(g.height, g.out_height, g.kernel_h, g.pad_h, g.dil_h, p.tile_h);
+  const double tiles = double(ceil_div(g.out_height, p.tile_h) * ceil_div(g.out_width, p.tile_w));
+  const int64_t groups = channel_groups(g.channels, p);
+  const double in_rows = double(std::min(p.fft_h, std::min(g.height, p.tile_h + ah.extent - 1))) / 2;
+  const double kernel_rows = double(ah.extent) / 2, out_rows = double(p.tile_h) / 2;
+  const double row = fw + 10.0 * double(p.fft_w), column = fh + 3.0 * double(p.fft_h);
+  const double images = double(g.batch) * tiles;
+  double cycles;
+  if (pass == Pass::backward_weight)
+    cycles = images * ((in_rows + out_rows) * row + 2 * double(columns) * column) + kernel_rows * row;
+  else
+    cycles =
+        double(reduce) *
+            (kernel_rows * row + double(columns) * column + 40.0 * double(g.kernel_h * g.kernel_w) / 16) +
+        images *
+            ((double(reduce) * in_rows + out_rows) * row + double(columns) * column * double(1 + reduce));
+  const double pixels = double(g.height * g.width * reduce + g.out_height * g.out_width) * double(g.batch);
+  p.cycles = (kFftScale * cycles + kFftMoveCycles[!g.adjacent] * pixels) * double(groups);
+  p.flops = cycles * double(groups) * 1.3 * double(p.lanes);
+  const int64_t spectrum = columns * (p.fft_h + 1) * 2 * p.lanes * 4;
+  const int64_t spectra = pass == Pass::backward_weight ? 3 : reduce + 1 + (reduce > 1);
+  p.scratch_bytes = spectrum * spectra + p.fft_w * 2 * p.lanes * 4 + g.kernel_h * g.kernel_w * p.lanes * 4;
+  return p.scratch_bytes > kMaxScratchBytes ? "its scratch memory would exceed the limit" : nullptr;
+}
+
+const char* toeplitz_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
+                              const Switches&, Plan& p) {
+  return toeplitz_plan(pass, g, reduce, dtype, m, p);
+}
+
+const char* direct_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
+                            const Switches&, Plan& p) {
+  p = direct_plan(pass, g, reduce, dtype, m);
+  return nullptr;
+}
+
+// PyTorch's own convolution (oneDNN), where it is really faster: small kernels at memory speed, forward only.
+// Its cost per vector of outputs was fitted to timings; it must be estimated well ahead to be taken.
+const char* aten_plan_for(Pass pass, const Geometry& g, int64_t, DType dtype, const Machine& m,
+                          const Switches& switches, Plan& p) {
+  p.algorithm = Algorithm::aten;
+  p.isa = m.isa;
+  p.lanes = m.lanes_f32;
+  p.tile_h = g.out_height, p.tile_w = g.out_width;
+  const int64_t taps = g.kernel_h * g.kernel_w * g.phases;  // a phase holds its share of the taps
+  if (!switches.aten) return "LKCONV_ATEN=0";
+  if (pass == Pass::backward_weight || (pass == Pass::backward_input && g.phases == 1))
+    return "it is faster only for the forward pass and the strided backward_input of small kernels";
+  if (m.isa == Isa::baseline) return "not measured on this instruction set";
+  if (dtype == DType::f64 || dtype == DType::f16) return "it has no fast kernel for this dtype";
+  if (dtype == DType::bf16 && m.isa == Isa::avx2)
+    return "it has no fast bfloat16 kernel for this instruction set";
+  if (taps > (g.phases > 1 ? kMaxAtenPhaseTaps : kMaxAtenTaps)) return "it is fast for small kernels only";
+  const double vectors = double(channel_groups(g.channels, p) * g.batch) * double(g.out_height * g.out_width);
+  p.flops = 2 * double(taps * g.batch * g.channels) * double(g.out_height * g.out_width);
+  const double move = pass == Pass::forward ? (g.adjacent ? 5 : 24) : (g.adjacent ? 20 : 40);
+  p.cycles = kAtenMargin *
+             (vectors * (1.25 * double(taps) / double(g.phases) + move) + kAtenCallCycles / double(g.phases));
+  return nullptr;
+}
+
+struct Entry {
+  Algorithm algorithm;
+  const char* (*plan)(Pass, const Geometry&, int64_t, DType, const Machine&, const Switches&, Plan&);
+};
+constexpr Entry kEntries[] = {{Algorithm::direct, direct_plan_for},
+                              {Algorithm::fft, fft_plan_for},
+                              {Algorithm::toeplitz, toeplitz_plan_for},
+                              {Algorithm::aten, aten_plan_for}};
+
+void choose_splits(Pass pass, const Geometry& g, const Machine& m, Plan& p) {
+  if (pass != Pass::backward_weight) return;
+  const int64_t groups = channel_groups(g.channels, p);
+  if (groups % m.threads == 0 || groups >= 8 * m.threads) return;
+  p.splits = std::clamp<int64_t>(ceil_div(4 * m.threads, groups), 1, std::max<int64_t>(1, g.batch));
+}
+
+}  // namespace
+
+const char* algorithm_name(Algorithm a) {
+  constexpr const char* names[] = {"direct", "fft", "toeplitz", "aten"};
+  return names[int(a)];
+}
+
+Switches switches_from_environment() {
+  static const Switches s = [] {
+    Switches w;
+    const char* fft = std::getenv("LKCONV_FFT");
+    w.fft = !(fft && !std::strcmp(fft, "0"));
+    const char* aten = std::getenv("LKCONV_ATEN");
+    w.aten = !(aten && !std::strcmp(aten, "0"));
+    return w;
+  }();
+  return s;
+}
+
+std::vector<Candidate> plan_depthwise_conv2d(Pass pass, const Geometry& g, int64_t reduce, DType dtype,
+                                             const Machine& m, const Switches& switches) {
+  std::vector<Candidate> all;
+  for (const Entry& entry : kEntries) {
+    Candidate& c = all.emplace_back();
+    const char* declined = entry.plan(pass, g, reduce, dtype, m, switches, c.plan);
+    c.plan.algorithm = entry.algorithm;
+    c.possible = !declined;
+    if (declined)
+      c.reason = declined;
+    else
+      choose_splits(pass, g, m, c.plan);
+  }
+  std::stable_sort(all.begin(), all.end(), [](const Candidate& a, const Candidate& b) {
+    return a.possible != b.possible ? a.possible : a.possible && a.plan.cycles < b.plan.cycles;
+  });
+  for (size_t i = 1; i < all.size(); ++i) {
+    if (!all[i].possible) continue;
+    char text[80];
+    std::snprintf(text, sizeof text, "estimated %.1f times the cycles of %s",
+                  all[i].plan.cycles / std::max(1.0, all[0].plan.cycles),
+                  algorithm_name(all[0].plan.algorithm));
+    all[i].reason = text;
+  }
+  return all;
+}
+
+Plan choose_depthwise_conv2d(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
+                             const Switches& switches) {
+  Plan best;
+  best.cycles = std::numeric_limits<double>::infinity();
+  for (const Entry& entry : kEntries) {
+    Plan p;
+    if (!entry.plan(pass, g, reduce, dtype, m, switches, p) && p.cycles < best.cycles) best = p;
+  }
+  choose_splits(pass, g, m, best);
+  return best;
+}
+
+}  // namespace lkconv::cpu

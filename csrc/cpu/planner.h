@@ -1,0 +1,38 @@
+// Chooses an algorithm and its tiles: a pure function of sizes, dtype and machine.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "machine.h"
+#include "problem.h"
+
+namespace lkconv::cpu {
+
+constexpr int64_t kMaxScratchBytes = 16 << 20;  // per thread
+
+// One algorithm as the planner saw it: a plan with its estimated cost, or the reason it cannot run.
+struct Candidate {
+  Plan plan;
+  bool possible = false;
+  std::string reason;
+};
+
+struct Switches {
+  bool fft = true;   // LKCONV_FFT=0 turns the FFT off
+  bool aten = true;  // LKCONV_ATEN=0: never hand a call to PyTorch's own convolution
+};
+Switches switches_from_environment();
+
+// Every algorithm in order of preference, the chosen one first. `reduce` is the number of input planes per
+// output plane (1 but for backward_input with a channel multiplier).
+std::vector<Candidate> plan_depthwise_conv2d(Pass pass, const Geometry& g, int64_t reduce, DType dtype,
+                                             const Machine& machine, const Switches& switches);
+
+// Only the chosen plan, without composing reasons.
+Plan choose_depthwise_conv2d(Pass pass, const Geometry& g, int64_t reduce, DType dtype,
+                             const Machine& machine, const Switches& switches);
+
+const char* algorithm_name(Algorithm a);
+
+}  // namespace lkconv::cpu

@@ -1,0 +1,43 @@
+// The CPU planner's vocabulary over the problems of ../problem.h.
+#pragma once
+
+#include "../problem.h"
+
+namespace lkconv::cpu {
+
+using lkconv::ceil_div;
+using lkconv::ForwardProblem;
+using lkconv::Geometry;
+using lkconv::WeightProblem;
+
+enum class Algorithm : int8_t { direct, fft, toeplitz, aten };
+enum class Isa : int8_t { baseline, avx2, avx512, amx };
+
+// What the planner decides and the kernels follow.
+struct Plan {
+  Algorithm algorithm = Algorithm::direct;
+  Isa isa = Isa::baseline;
+  int64_t lanes = 1;               // channels per group
+  int64_t tile_h = 0, tile_w = 0;  // outputs per tile
+  int64_t batch_rows = 1;          // direct: output rows computed between loading and storing
+  int64_t span = 1;                // direct: channel groups handled together
+  int64_t images = 1;              // toeplitz: images per task (forward) or chunk (backward_weight)
+  int64_t fft_h = 0, fft_w = 0;    // fft: transform lengths
+  int64_t splits = 1;              // backward_weight: parts of the batch summed separately, then in order
+  int64_t scratch_bytes = 0;       // per thread
+  double flops = 0;                // floating-point operations the algorithm runs
+  double cycles = 0;               // the planner's estimate on one core
+};
+
+constexpr int64_t kMaxSpan = 8;
+
+// Counts shared by planner, launcher and kernels.
+inline int64_t channel_groups(int64_t channels, const Plan& plan) { return ceil_div(channels, plan.lanes); }
+// Input rows that a batch of output rows of a direct tile reads.
+inline int64_t direct_ring_rows(const Geometry& g, const Plan& plan) {
+  const int64_t halo = (g.kernel_h > 0 ? g.kernel_h - 1 : 0) * g.dil_h + 1;
+  const int64_t rows = (plan.batch_rows - 1) * g.stride_h + halo;
+  return rows < g.height ? rows : g.height > 0 ? g.height : 1;
+}
+
+}  // namespace lkconv::cpu

@@ -1,0 +1,120 @@
+// The pybind11 module lkconv._C: op schemas (declared here, once) and introspection for Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/depthwise_conv2d.h"
+
+namespace py = pybind11;
+
+STABLE_TORCH_LIBRARY(lkconv, m) {
+  m.def(
+      "depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation) -> Tensor");
+  m.def(
+      "depthwise_conv2d_backward_input(Tensor grad_output, Tensor weight, SymInt[] input_size, SymInt[] "
+      "stride, "
+      "SymInt[] padding, SymInt[] dilation) -> Tensor");
+  m.def(
+      "depthwise_conv2d_backward_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, SymInt[] "
+      "stride, "
+      "SymInt[] padding, SymInt[] dilation) -> Tensor");
+}
+
+namespace lkconv {
+namespace {
+
+using cpu::Candidate;
+using cpu::Isa;
+
+template <class E, size_t N>
+E parse(const std::string& name, const char* what, const std::pair<const char*, E> (&table)[N]) {
+  for (const auto& [key, value] : table)
+    if (name == key) return value;
+  throw std::invalid_argument("unknown " + std::string(what) + " " + name);
+}
+
+Isa parse_isa(const std::string& name) {
+  return parse<Isa>(
+      name, "isa",
+      {{"baseline", Isa::baseline}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}, {"amx", Isa::amx}});
+}
+
+py::dict to_dict(const Candidate& c) {
+  const cpu::Plan& p = c.plan;
+  py::dict d;
+  d["algorithm"] = cpu::algorithm_name(p.algorithm);
+  d["possible"] = c.possible;
+  d["reason"] = c.reason;
+  d["isa"] = cpu::isa_name(p.isa);
+  d["lanes"] = p.lanes;
+  d["tile"] = py::make_tuple(p.tile_h, p.tile_w);
+  d["fft"] = py::make_tuple(p.fft_h, p.fft_w);
+  d["splits"] = p.splits;
+  d["scratch_bytes"] = p.scratch_bytes;
+  d["flops"] = p.flops;
+  d["cycles"] = p.cycles;
+  return d;
+}
+
+// The CPU planner as a pure function. `size` is (N, C, H, W) of the input, `out_channels` the weight's.
+std::vector<py::dict> plan(const std::string& pass_name, std::array<int64_t, 4> size, int64_t out_channels,
+                           std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride,
+                           std::array<int64_t, 2> padding, std::array<int64_t, 2> dilation,
+                           const std::string& dtype_name, const std::string& isa, int64_t threads, bool fft,
+                           bool aten, bool channels_last) {
+  const Pass pass = parse<Pass>(pass_name, "pass",
+                                {{"forward", Pass::forward},
+                                 {"backward_input", Pass::backward_input},
+                                 {"backward_weight", Pass::backward_weight}});
+  const DType dtype = parse<DType>(
+      dtype_name, "dtype",
+      {{"float64", DType::f64}, {"float32", DType::f32}, {"float16", DType::f16}, {"bfloat16", DType::bf16}});
+  ConvParams p{};
+  p.batch = size[0], p.channels = size[1], p.height = size[2], p.width = size[3];
+  p.multiplier = p.channels ? out_channels / p.channels : 1;
+  p.kernel_h = kernel[0], p.kernel_w = kernel[1], p.stride_h = stride[0], p.stride_w = stride[1];
+  p.pad_h = padding[0], p.pad_w = padding[1], p.dil_h = dilation[0], p.dil_w = dilation[1];
+  p.out_height = (p.height + 2 * p.pad_h - p.dil_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
+  p.out_width = (p.width + 2 * p.pad_w - p.dil_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
+  cpu::Geometry g = cpu::forward_problem(p);
+  int64_t reduce = 1;
+  if (pass == Pass::backward_input) {
+    const TensorView none{nullptr, dtype, 0, 0, 0, 0};
+    const auto phases = cpu::backward_input_phases(p, none, none, none);
+    g = phases.at(0);
+    reduce = phases.at(0).reduce;
+  }
+  g.adjacent = channels_last && p.multiplier == 1;
+  std::vector<py::dict> out;
+  for (const Candidate& c : cpu::plan_depthwise_conv2d(
+           pass, g, reduce, dtype, cpu::machine_for(parse_isa(isa), threads), {.fft = fft, .aten = aten}))
+    out.push_back(to_dict(c));
+  return out;
+}
+
+}  // namespace
+}  // namespace lkconv
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled core of lkconv: op schemas, CPU kernels and introspection.";
+  m.def(
+      "detected_isa", [] { return lkconv::cpu::isa_name(lkconv::cpu::detected_isa()); },
+      "The best instruction set of this processor that this build has kernels for.");
+  m.def(
+      "active_isa", [] { return lkconv::cpu::isa_name(lkconv::cpu::active_isa()); },
+      "detected_isa, capped by LKCONV_MAX_CPU_ISA.");
+  m.def("compiled_isas", [] {
+    std::vector<std::string> names;
+    for (lkconv::cpu::Isa i : {lkconv::cpu::Isa::baseline, lkconv::cpu::Isa::avx2, lkconv::cpu::Isa::avx512,
+                               lkconv::cpu::Isa::amx})
+      if (lkconv::cpu::kernels_for(i)) names.emplace_back(lkconv::cpu::isa_name(i));
+    return names;
+  });
+  m.def("compiler", [] { return std::string(__VERSION__); });
+  m.def("plan", &lkconv::plan, py::arg("pass_name"), py::arg("size"), py::arg("out_channels"),
+        py::arg("kernel_size"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("dtype"),
+        py::arg("isa"), py::arg("threads"), py::arg("fft") = true, py::arg("aten") = true,
+        py::arg("channels_last") = false,
+        "Candidates of the CPU planner for one convolution, the chosen one first.");
+}
