@@ -1,0 +1,176 @@
+// The pybind11 module lkconv._C_cuda: the CUDA planner and what was compiled, for Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+
+#include "depthwise_conv2d.h"
+
+namespace py = pybind11;
+
+namespace lkconv::cuda {
+namespace {
+
+DType parse_dtype(const std::string& name) {
+  if (name == "float64") return DType::f64;
+  if (name == "float32") return DType::f32;
+  if (name == "float16") return DType::f16;
+  if (name == "bfloat16") return DType::bf16;
+  throw std::invalid_argument("unknown dtype " + name);
+}
+
+py::tuple numbers(const std::vector<int64_t>& values) {
+  py::tuple t(values.size());
+  for (size_t i = 0; i < values.size(); ++i) t[i] = values[i];
+  return t;
+}
+
+py::dict common(const LaunchShape& l, Algorithm algorithm, bool possible, const std::string& reason,
+                double cycles, double flops) {
+  py::dict d;
+  d["algorithm"] = algorithm_name(algorithm);
+  d["possible"] = possible;
+  d["reason"] = reason;
+  d["blocks"] = l.blocks;
+  d["threads"] = l.threads;
+  d["shared_bytes"] = l.shared_bytes;
+  d["cycles"] = cycles;
+  d["flops"] = flops;
+  return d;
+}
+
+py::dict to_dict(const Candidate<ForwardPlan>& c) {
+  const ForwardPlan& p = c.plan;
+  py::dict d = common(p.launch, p.algorithm, c.possible, c.reason, p.cycles, p.issued_flops);
+  const bool direct = p.algorithm == Algorithm::direct;
+  d["tile"] = numbers(
+      direct ? std::vector<int64_t>{p.direct.tile_channels, 1, p.direct.tile_h, p.direct.tile_w}
+             : std::vector<int64_t>{1, p.toeplitz.tile_images, p.toeplitz.tile_h, p.n_tiles * kTileCols});
+  d["kernel"] =
+      numbers(direct ? std::vector<int64_t>{p.width_class} : std::vector<int64_t>{p.m_tiles, p.n_tiles});
+  d["image_major"] = !direct && p.toeplitz.image_major != 0;
+  d["packs"] = int(p.pack_input) + int(p.pack_output);
+  d["splits"] = 1;
+  d["workspace_slots"] = 0;
+  return d;
+}
+
+py::dict to_dict(const Candidate<WeightPlan>& c) {
+  const WeightPlan& p = c.plan;
+  py::dict d = common(p.launch, p.algorithm, c.possible, c.reason, p.cycles, p.issued_flops);
+  const bool direct = p.algorithm == Algorithm::direct;
+  d["tile"] =
+      numbers(direct ? std::vector<int64_t>{p.direct.tile_channels, p.direct.tile_images, p.direct.tile_h,
+                                            p.direct.tile_w}
+                     : std::vector<int64_t>{1, p.toeplitz.tile_images, p.toeplitz.tile_h, p.toeplitz.tile_w});
+  d["kernel"] = numbers(direct ? std::vector<int64_t>{p.unit} : std::vector<int64_t>{p.diagonals});
+  d["image_major"] = false;
+  d["packs"] = int(p.pack_input) + int(p.pack_grad);
+  d["splits"] = direct ? p.direct.splits : p.toeplitz.splits;
+  d["workspace_slots"] = p.slots;
+  return d;
+}
+
+template <class Plan>
+std::vector<py::dict> to_dicts(const std::vector<Candidate<Plan>>& candidates) {
+  std::vector<py::dict> out;
+  for (const auto& c : candidates) out.push_back(to_dict(c));
+  return out;
+}
+
+Layout layout_from(bool channels_last, int64_t width, DType dtype) {
+  Layout l;
+  l.channels_fast = channels_last, l.rows_contiguous = !channels_last;
+  const int64_t row = width * dtype_size(dtype) | 16;
+  l.vector_bytes = int(row & -row);
+  return l;
+}
+
+std::vector<py::dict> plan(const std::string& pass, std::array<int64_t, 4> size, int64_t out_channels,
+                           std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride,
+                           std::array<int64_t, 2> padding, std::array<int64_t, 2> dilation,
+                           const std::string& dtype_name, bool channels_last, bool tf32, int64_t sms,
+                           int64_t shared_per_block, int64_t shared_per_sm) {
+  const DType dtype = parse_dtype(dtype_name);
+  ConvParams p{};
+  p.batch = size[0], p.channels = size[1], p.height = size[2], p.width = size[3];
+  p.multiplier = p.channels ? out_channels / p.channels : 1;
+  p.kernel_h = kernel[0], p.kernel_w = kernel[1], p.stride_h = stride[0], p.stride_w = stride[1];
+  p.pad_h = padding[0], p.pad_w = padding[1], p.dil_h = dilation[0], p.dil_w = dilation[1];
+  p.out_height = (p.height + 2 * p.pad_h - p.dil_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
+  p.out_width = (p.width + 2 * p.pad_w - p.dil_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
+  Switches switches = switches_from_environment();
+  switches.tf32 = tf32;
+  const Machine machine{sms, shared_per_block, shared_per_sm};
+  const Layout in = layout_from(channels_last, p.width, dtype),
+               out = layout_from(channels_last, p.out_width, dtype);
+  if (pass == "backward_weight") {
+    WeightProblem w = weight_problem(p);
+    normalise(w);
+    return to_dicts(plan_weight(w, dtype, in, out, switches, machine));
+  }
+  ForwardProblem f = forward_problem(p);
+  if (pass == "backward_input") {
+    const TensorView none{nullptr, dtype, 0, 0, 0, 0};
+    f = backward_input_phases(p, none, none, none).at(0);
+    normalise(f);
+    return to_dicts(plan_forward(f, dtype, out, in, switches, machine));
+  }
+  if (pass != "forward") throw std::invalid_argument("unknown pass " + pass);
+  normalise(f);
+  return to_dicts(plan_forward(f, dtype, in, out, switches, machine));
+}
+
+std::vector<py::dict> resources() {
+  std::vector<py::dict> out;
+  for (const KernelResources& k : kernel_resources()) {
+    py::dict d;
+    d["name"] = k.name;
+    d["registers"] = k.registers;
+    d["spilled_bytes"] = k.spilled_bytes;
+    d["static_shared_bytes"] = k.static_shared_bytes;
+    d["max_threads"] = k.max_threads;
+    d["binary_version"] = k.binary_version;
+    d["ptx_version"] = k.ptx_version;
+    out.push_back(d);
+  }
+  return out;
+}
+
+py::dict machine() {
+  const Machine m = current_machine();
+  py::dict d;
+  d["sms"] = m.sms;
+  d["shared_per_block"] = m.shared_per_block;
+  d["shared_per_sm"] = m.shared_per_sm;
+  return d;
+}
+
+// torch.backends.cudnn.conv.fp32_precision is what decides whether torch's own convolutions use tf32.
+bool torch_allows_tf32() {
+  const py::gil_scoped_acquire gil;
+  const py::object conv = py::module_::import("torch").attr("backends").attr("cudnn").attr("conv");
+  return conv.attr("fp32_precision").cast<std::string>() == "tf32";
+}
+
+}  // namespace
+}  // namespace lkconv::cuda
+
+PYBIND11_MODULE(_C_cuda, m) {
+  m.doc() = "CUDA kernels of lkconv: planner and introspection.";
+  lkconv::cuda::set_tf32_query(lkconv::cuda::torch_allows_tf32);
+  m.def("plan", &lkconv::cuda::plan, py::arg("pass_name"), py::arg("size"), py::arg("out_channels"),
+        py::arg("kernel_size"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("dtype"),
+        py::arg("channels_last") = false, py::arg("tf32") = false, py::arg("sms") = 132,
+        py::arg("shared_per_block") = 232448, py::arg("shared_per_sm") = 233472,
+        "Candidates of the CUDA planner for one convolution, the chosen one first. The machine defaults to "
+        "an H100.");
+  m.def("machine", &lkconv::cuda::machine,
+        "The current GPU as plan() wants it: sms, shared_per_block, shared_per_sm.");
+  m.def("kernels", &lkconv::cuda::kernel_names, "Names of the compiled kernels.");
+  m.def("resources", &lkconv::cuda::resources, "Registers and memory of every kernel on the current GPU.");
+  m.def("architectures", &lkconv::cuda::compiled_architectures,
+        "GPU architectures this module holds machine code for, as sm_NN.");
+  m.def("toolkit", &lkconv::cuda::toolkit_version, "Version of the CUDA compiler.");
+}

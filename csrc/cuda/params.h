@@ -1,0 +1,114 @@
+// What the planner tells the kernels: one plain struct per kernel, filled once on the host.
+#pragma once
+
+#include <cstdint>
+
+namespace lkconv::cuda {
+
+// A tensor as kernels see it: address and element strides.
+struct GlobalView {
+  void* data;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+};
+
+// ---- direct ----
+
+constexpr int kStrip = 8;            // outputs of one row per thread
+constexpr int kDirectThreads = 256;  // most threads of a block
+
+struct DirectForwardParams {
+  int batch, channels, height, width, out_height, out_width;
+  int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
+  int channel_div, channel_mul, reduce;
+  GlobalView input, weight, output, bias;  // weight: (channel, u, v); bias: by stride_c, or null
+  // the tile
+  int tile_channels, tile_h, tile_w, tiles_y, tiles_x, channel_groups;
+  int chunk_h, chunk_w;                        // taps staged at a time: all of them but for enormous kernels
+  int strips;                                  // threads per row: ceil(tile_w / kStrip)
+  int row_pitch, plane_pitch;                  // of the window in shared memory
+  int window_offset;                           // in elements: the window follows the weights
+  int by_channels, input_lanes, output_lanes;  // how to stage: see tile_io.cuh
+};
+
+// Kernel widths that have their own instantiation; others take kAnyWidth, or kStrided when a stride or
+// dilation along the row is not 1.
+enum : int { kStrided = -1, kAnyWidth = 0 };
+
+struct DirectWeightParams {
+  int batch, channels, height, width, out_height, out_width;
+  int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
+  int channel_div;
+  GlobalView input, grad_output;
+  void* partial;  // accumulators: (splits, channels, kernel_h, kernel_w)
+  // the tile: images x rows x columns of grad_output, for some channels and tap groups
+  int tile_channels, tile_images, tile_h, tile_w, tiles_n, tiles_y, tiles_x, channel_groups;
+  int chunk_rows, chunk_groups;  // tap groups (kStrip taps of a row) of a block: rows x groups of a row
+  int chunks_h, chunks_w;
+  int row_workers;  // threads per tap group
+  int splits, tiles_per_split;
+  int row_pitch, plane_pitch;  // of the input window
+  int grad_pitch, grad_plane;  // of grad_output's tile
+  int grad_offset;             // in elements: grad_output follows the window
+  int by_channels, input_lanes, output_lanes;
+};
+
+struct ReduceSplitsParams {
+  const void* partial;  // accumulators: (splits, channels, kernel_h, kernel_w)
+  GlobalView grad_weight;
+  int channels, kernel_h, kernel_w, splits;
+};
+
+// ---- toeplitz ----
+
+constexpr int kTileRows = 16;   // M of one mma
+constexpr int kTileCols = 8;    // N of one mma
+constexpr int kBandGuard = 32;  // elements around all kernel rows, where unused fragments are loaded from
+constexpr int kBandLead = 24;   // zeros before a kernel row: a band tile reaches at most 22 taps outside
+constexpr int kToeplitzThreads = 256;
+
+struct ToeplitzForwardParams {
+  int batch, channels, height, width, out_height, out_width;
+  int kernel_h, kernel_w, stride_h, pad_h, pad_w, dil_h, dil_w;  // stride_w is 1
+  int channel_div, channel_mul, reduce;
+  GlobalView input, weight, output, bias;
+  // the tile: images x rows of output, all of `NT` * 8 columns; a block walks over tiles of one channel
+  int tile_images, tile_h, tiles_n, tiles_y, tiles_x;
+  int tiles_per_block, blocks_per_channel;
+  int image_major;  // M runs over images first (rows of one M tile share y), else over y first
+  int input_rows;   // most rows of a window
+  int window_cols;  // most columns of a window
+  int row_pitch, image_pitch, vector_bytes;
+  int band_pitch;                              // elements of one padded kernel row
+  int zero_offset, stage_offset, stage_bytes;  // shared memory, in bytes
+};
+
+constexpr int kToeplitzWeightThreads = 512;
+
+struct ToeplitzWeightParams {
+  int batch, channels, height, width, out_height, out_width;
+  int kernel_h, kernel_w, stride_h, pad_h, pad_w, dil_h, dil_w;  // stride_w is 1
+  int channel_div;
+  GlobalView input, grad_output;
+  float* partial;  // (splits * workers * diagonal_chunks, channels, kernel_h, kernel_w)
+  int tile_images, tile_h, tile_w, tiles_n, tiles_y, tiles_x;  // of grad_output; tile_w is a multiple of 16
+  int splits, tiles_per_split;
+  int row_groups, row_chunks;  // warps per block that own different kernel rows; chunks of kernel rows
+  int workers;                 // warps that own the same rows and share the depth
+  int first_diagonal, diagonal_chunks;       // block diagonal d holds s - x in [8 d - 7, 8 d + 15]
+  int row_pitch, image_pitch, vector_bytes;  // of the input window
+  int grad_pitch, grad_image_pitch, grad_vector_bytes;
+  int table_offset, zero_offset, stage_offset, grad_offset, stage_bytes;  // shared memory, in bytes
+};
+
+// ---- pack ----
+
+constexpr int kPackTile = 32, kPackThreads = 256;
+
+struct PackParams {
+  int batch, channels, height, width;
+  GlobalView from, to;
+  int from_channels_fast, to_channels_fast;  // which index consecutive threads should take
+  int channel_tiles, pixel_tiles;
+};
+
+}  // namespace lkconv::cuda
