@@ -1,0 +1,51 @@
+"""Depthwise convolution in Triton: operators in the namespace ``lkconv_triton``.
+
+The same schemas, memory formats and results as ``lkconv::depthwise_conv2d*``, for every GPU that Triton
+has a backend for. Autograd, autocast, vmap and sharding are put on by
+``lkconv.ops.register_hooks("lkconv_triton")``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from .machine import is_available, machine_of
+from .planner import Machine, Plan
+from .report import plan
+
+__all__ = ["NAMESPACE", "SCHEMAS", "Machine", "Plan", "is_available", "machine_of", "plan", "registered"]
+
+NAMESPACE = "lkconv_triton"
+SCHEMAS = {
+    "depthwise_conv2d": (
+        "(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation)"
+        " -> Tensor"
+    ),
+    "depthwise_conv2d_backward_input": (
+        "(Tensor grad_output, Tensor weight, SymInt[] input_size, SymInt[] stride, SymInt[] padding,"
+        " SymInt[] dilation) -> Tensor"
+    ),
+    "depthwise_conv2d_backward_weight": (
+        "(Tensor grad_output, Tensor input, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding,"
+        " SymInt[] dilation) -> Tensor"
+    ),
+}
+
+
+def _register() -> bool:
+    """Registers the operators if Triton is installed."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from . import depthwise_conv2d as ops
+    from .launch import interpreting
+
+    # torch.compile looks into a triton_op; it cannot look into the interpreter.
+    define = torch.library.custom_op if interpreting() else torch.library.triton_op
+    for name, schema in SCHEMAS.items():
+        define(f"{NAMESPACE}::{name}", getattr(ops, name), mutates_args=(), schema=schema)
+    return True
+
+
+registered = _register()

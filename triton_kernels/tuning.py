@@ -1,0 +1,127 @@
+"""Times the plans the planner shortlists, once per problem and machine, and remembers the winner on disk.
+
+One small JSON file per problem. The first process to finish wins and every other adopts its choice, so a
+machine never computes the same problem in two ways: results stay bit-identical from run to run. Where the
+choice cannot be kept (no writable folder, ``LKCONV_TRITON_AUTOTUNE=0``, or torch asked to be deterministic)
+nothing is timed and the planner's first plan runs.
+
+Environment:
+    LKCONV_TRITON_AUTOTUNE  1 (default) | 0
+    LKCONV_CACHE_DIR        folder of the choices; default ``$XDG_CACHE_HOME/lkconv`` or ``~/.cache/lkconv``
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .planner import Plan, worth_tuning
+
+
+def cache_dir() -> Path:
+    if folder := os.environ.get("LKCONV_CACHE_DIR"):
+        return Path(folder) / "triton"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lkconv" / "triton"
+
+
+def enabled() -> bool:
+    return (
+        os.environ.get("LKCONV_TRITON_AUTOTUNE", "1") != "0"
+        and not torch.are_deterministic_algorithms_enabled()
+    )
+
+
+def path_of(key: str) -> Path:
+    return cache_dir() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def load(key: str, plans: Sequence[Plan]) -> Plan | None:
+    """The stored choice for ``key`` if it is one of ``plans``; anything unreadable counts as absent."""
+    try:
+        stored = json.loads(path_of(key).read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(stored, dict) or stored.get("key") != key:
+        return None
+    return next((plan for plan in plans if identity(plan) == stored.get("plan")), None)
+
+
+def identity(plan: Plan) -> dict[str, object]:
+    """What distinguishes a plan within one problem; ``splits`` follows from the exact sizes."""
+    facts = asdict(plan)
+    return {name: facts[name] for name in ("algorithm", "blocks", "num_warps", "num_stages", "precision")}
+
+
+def store(key: str, plan: Plan, plans: Sequence[Plan]) -> Plan | None:
+    """Keeps ``plan`` unless another process was first; returns what holds, None if nothing could be kept."""
+    path = path_of(key)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = file.name
+            json.dump({"key": key, "plan": identity(plan)}, file)
+        try:
+            os.link(temporary, path)  # fails if the file exists: the first writer wins
+        except FileExistsError:
+            if winner := load(key, plans):
+                return winner
+            os.replace(temporary, path)  # unreadable, or of another key: replace it
+            temporary = None
+        return plan
+    except OSError:
+        return None
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def choose(key: str, plans: Sequence[Plan], time: Callable[[Plan], float] | None) -> tuple[Plan, bool]:
+    """The plan to run, and whether that is settled (not merely because nothing may be timed now).
+
+    ``time`` measures one plan in milliseconds; None while tensors are fake or a graph is being captured.
+    """
+    if not enabled() or len(plans) == 1:
+        return plans[0], True
+    if stored := load(key, plans):
+        return stored, True
+    if time is None:
+        return plans[0], False
+    if not writable():
+        return plans[0], True
+    return store(key, fastest(worth_tuning(plans), time), plans) or plans[0], True
+
+
+def writable() -> bool:
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def fastest(plans: Sequence[Plan], time: Callable[[Plan], float]) -> Plan:
+    """A plan whose kernel needs more than the device has counts as infinitely slow."""
+    from triton.runtime.errors import OutOfResources
+
+    best, best_time = plans[0], math.inf
+    for plan in plans:
+        try:
+            elapsed = time(plan)
+        except OutOfResources:
+            continue
+        if elapsed < best_time:
+            best, best_time = plan, elapsed
+    return best
