@@ -1,0 +1,22 @@
+from collections.abc import Sequence
+from typing import Any
+
+def detected_isa() -> str: ...
+def active_isa() -> str: ...
+def compiled_isas() -> list[str]: ...
+def compiler() -> str: ...
+def plan(
+    pass_name: str,
+    size: Sequence[int],
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    dtype: str,
+    isa: str,
+    threads: int,
+    fft: bool = True,
+    aten: bool = ...,
+    channels_last: bool = ...,
+) -> list[dict[str, Any]]: ...

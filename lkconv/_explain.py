@@ -1,0 +1,181 @@
+"""``explain``: which backend and algorithm compute a call, and why each alternative does not."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lkconv import _C, backends
+from lkconv._fake import output_size
+from lkconv._validate import Pair, check_sizes, check_types, computed_dtype, is_strided, padding_pair, pair
+
+PASSES = ("forward", "backward_input", "backward_weight")
+Alternatives = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """How one pass is computed. ``alternatives`` are the other algorithms of the same backend."""
+
+    algorithm: str
+    tile: Pair | None
+    isa: str | None
+    flops: float
+    scratch_bytes: int
+    alternatives: Alternatives
+
+    def __str__(self) -> str:
+        parts = [self.algorithm]
+        if self.tile is not None:
+            parts.append(f"tile {self.tile[0]}x{self.tile[1]}")
+        if self.isa is not None:
+            parts.append(self.isa)
+        parts.append(f"{self.flops / 1e6:.3g} MFLOP")
+        parts.append(f"{self.scratch_bytes / 1024:.0f} KiB scratch")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Result of :func:`explain`; ``str()`` is the report.
+
+    ``algorithm``, ``tile``, ``isa``, ``flops`` and ``scratch_bytes`` are the forward's; ``passes`` holds
+    those of the forward and both gradients. ``alternatives`` names every other backend, and every other
+    algorithm of the forward as ``backend:algorithm``, each with the reason it was not taken.
+    """
+
+    call: str
+    backend: str
+    passes: dict[str, PassPlan]
+    backends_declined: Alternatives
+
+    @property
+    def algorithm(self) -> str:
+        return self.passes["forward"].algorithm
+
+    @property
+    def tile(self) -> Pair | None:
+        return self.passes["forward"].tile
+
+    @property
+    def isa(self) -> str | None:
+        return self.passes["forward"].isa
+
+    @property
+    def flops(self) -> float:
+        return self.passes["forward"].flops
+
+    @property
+    def scratch_bytes(self) -> int:
+        return self.passes["forward"].scratch_bytes
+
+    @property
+    def alternatives(self) -> Alternatives:
+        algorithms = ((f"{self.backend}:{n}", reason) for n, reason in self.passes["forward"].alternatives)
+        return (*self.backends_declined, *algorithms)
+
+    def __str__(self) -> str:
+        lines = [self.call, f"backend: {self.backend}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.backends_declined]
+        for name, plan in self.passes.items():
+            lines.append(f"{name}: {plan}")
+            lines += [f"  not {self.backend}:{n}: {reason}" for n, reason in plan.alternatives]
+        return "\n".join(lines)
+
+
+def explain(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+) -> Explanation:
+    """Which backend and algorithm :func:`lkconv.depthwise_conv2d` takes for these arguments, and why.
+
+    Nothing is computed. Takes the same arguments and raises the same errors.
+    """
+    check_types(input, weight, bias)
+    stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    padding, extra = padding_pair(padding, weight.shape[2:], stride, dilation)
+    check_sizes(input.shape, weight.shape, bias, stride, padding, dilation, extra)
+    batch = input.shape[:-2] if input.dim() == 4 else (1, input.shape[0])
+    size = (*batch, input.shape[-2] + extra[0], input.shape[-1] + extra[1])
+    dtype = computed_dtype(input)
+    choice = backends.choose(input.device, dtype)
+    name, declined = choice.name, choice.declined
+    if name != "torch" and not is_strided(input, weight):
+        declined = ((name, "takes strided tensors"), *(d for d in declined if d[0] != "torch"))
+        name = "torch"
+    problem = (size, weight.shape[0], tuple(weight.shape[2:]), stride, padding, dilation)
+    dtype_name = str(dtype).removeprefix("torch.")
+    call = (
+        f"depthwise_conv2d of input {size} {dtype_name} on {input.device}, weight {tuple(weight.shape)}, "
+        f"stride {stride}, padding {padding}, dilation {dilation}"
+    )
+    channels_last = input.dim() == 4 and input.stride(1) == 1 and weight.shape[0] == input.shape[1]
+    passes = {p: _plan(name, p, problem, dtype_name, input.device, channels_last) for p in PASSES}
+    return Explanation(call, name, passes, declined)
+
+
+def _plan(
+    backend: str, pass_name: str, problem: Any, dtype: str, device: torch.device, channels_last: bool
+) -> PassPlan:
+    candidates = _candidates(backend, pass_name, problem, dtype, device, channels_last)
+    if candidates is None:
+        algorithm = "aten convolution" if backend == "torch" else backend
+        return PassPlan(algorithm, None, None, _direct_flops(*problem), 0, ())
+    taken, *others = candidates
+    return PassPlan(
+        algorithm=taken["algorithm"],
+        tile=taken.get("tile"),
+        isa=taken.get("isa"),
+        flops=taken["flops"],
+        scratch_bytes=taken["scratch_bytes"],
+        alternatives=tuple((c["algorithm"], c["reason"]) for c in others),
+    )
+
+
+def _candidates(
+    backend: str, pass_name: str, problem: Any, dtype: str, device: torch.device, channels_last: bool
+) -> list[dict[str, Any]] | None:
+    """The backend's planner's answer, the chosen one first; None where the backend has no planner."""
+    if backend == "cpu":
+        size, out_channels, kernel_size, stride, padding, dilation = problem
+        return _C.plan(
+            pass_name,
+            size,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            dtype,
+            _C.active_isa(),
+            torch.get_num_threads(),
+            fft=os.environ.get("LKCONV_FFT", "1") != "0",
+            aten=os.environ.get("LKCONV_ATEN", "1") != "0",
+            channels_last=channels_last,
+        )
+    if backend == "torch":
+        return None
+    if backend == "cuda":
+        module: Any = backends.cuda_module()[0]
+        cudnn: Any = torch.backends.cudnn
+        tf32 = cudnn.conv.fp32_precision == "tf32"
+        with torch.cuda.device(device):
+            return module.plan(pass_name, *problem, dtype, channels_last, tf32, **module.machine())
+    planner = importlib.import_module("lkconv.triton_kernels").plan
+    return planner(pass_name, *problem, dtype, device.index or 0, channels_last)
+
+
+def _direct_flops(
+    size: Any, out_channels: int, kernel_size: Any, stride: Pair, padding: Pair, dilation: Pair
+) -> float:
+    height, width = output_size(size[2:], kernel_size, stride, padding, dilation)
+    return 2.0 * size[0] * out_channels * height * width * kernel_size[0] * kernel_size[1]

@@ -1,0 +1,13 @@
+"""Group-Mix attention (GroupMixFormer, arXiv 2311.15157): fused aggregation, attention core and modules."""
+
+from .aggregate import group_mix_aggregate
+from .modules import GroupMixAggregator, GroupMixAttention, GroupMixBlock
+from .segmented import segmented_depthwise_conv2d
+
+__all__ = [
+    "GroupMixAggregator",
+    "GroupMixAttention",
+    "GroupMixBlock",
+    "group_mix_aggregate",
+    "segmented_depthwise_conv2d",
+]

@@ -1,0 +1,219 @@
+"""Hooks of the Group-Mix ops: shapes for tracing, gradients, autocast.
+
+The ops are token-major: ``mixed`` is (3, B, N, 4 * d), the heads of a token next to each other. Gradients of
+parameters come back as one flat tensor, in the accumulation type, and are cut up here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import KERNELS, NUM_HEADS
+
+ops = torch.ops.lkconv
+
+
+def accumulation_dtype(t: Tensor) -> torch.dtype:
+    """The dtype of statistics and of gradients of parameters inside the kernels."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def unpack(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Cuts a flat gradient into tensors of the shapes and dtypes of ``like``."""
+    parts = flat.split([t.numel() for t in like])
+    return [p.view(t.shape).to(t.dtype) for p, t in zip(parts, like, strict=True)]
+
+
+# ---- shapes -----------------------------------------------------------------------------------------------
+@torch.library.register_fake("lkconv::group_mix_aggregate")
+def _(qkv, height, width, depthwise, pointwise, nw, nb, nm, nv, lw, lb, eps, layer_norm_eps):
+    batch, tokens, channels = qkv.shape
+    d = channels // 15
+    return qkv.new_empty(3, batch, tokens, 4 * d), qkv.new_empty(batch, tokens, d)
+
+
+@torch.library.register_fake("lkconv::group_mix_mix")
+def _(qkv, height, width, depthwise, pointwise, lw, lb, layer_norm_eps):
+    batch, tokens, channels = qkv.shape
+    d = channels // 15
+    wide = accumulation_dtype(qkv)
+    local = qkv.new_empty(batch, tokens, d)
+    premix = qkv.new_empty(3, batch, tokens, 3 * d)
+    statistics = qkv.new_empty(4, d, dtype=wide)
+    return premix, torch.empty_like(local), local, statistics, torch.empty_like(statistics)
+
+
+@torch.library.register_fake("lkconv::group_mix_normalize")
+def _(qkv, premix, nw, nb, mean, var, eps):
+    batch, tokens, channels = qkv.shape
+    return qkv.new_empty(3, batch, tokens, channels // 15 * 4)
+
+
+@torch.library.register_fake("lkconv::group_mix_backward_reduce")
+def _(grad_mixed, qkv, premix, nw, nb, mean, var, eps):
+    return qkv.new_empty(2, 4, qkv.shape[2] // 15, dtype=torch.float64)
+
+
+@torch.library.register_fake("lkconv::group_mix_backward")
+def _(
+    grad_mixed,
+    grad_local,
+    qkv,
+    premix,
+    prelocal,
+    height,
+    width,
+    depthwise,
+    pointwise,
+    nw,
+    nb,
+    mean,
+    var,
+    lw,
+    lb,
+    eps,
+    layer_norm_eps,
+    sums,
+    count,
+):
+    d = qkv.shape[2] // 15
+    taps = sum((d if i < 3 else 3 * d) * k * k for i, k in enumerate(KERNELS))
+    return (
+        qkv.new_empty(qkv.shape),
+        qkv.new_empty(taps + 6 * d * d + 2 * d, dtype=accumulation_dtype(qkv)),
+    )
+
+
+@torch.library.register_fake("lkconv::group_mix_attention")
+def _(mixed, local, height, width, position_weight, position_bias, scale):
+    _, batch, tokens, channels = mixed.shape
+    d, wide = channels // 4, accumulation_dtype(mixed)
+    return (
+        mixed.new_empty(batch, tokens, 5 * d),
+        mixed.new_empty(batch, channels, dtype=wide),
+        mixed.new_empty(batch, NUM_HEADS, d // 2, d // 2, dtype=wide),
+    )
+
+
+@torch.library.register_fake("lkconv::group_mix_attention_backward")
+def _(grad_out, mixed, log_sum, context, height, width, position_weight, position_bias, scale):
+    count = sum(t.numel() for t in (*position_weight, *position_bias))
+    return mixed.new_empty(mixed.shape), mixed.new_empty(count, dtype=accumulation_dtype(mixed))
+
+
+# ---- gradients --------------------------------------------------------------------------------------------
+def aggregate_backward(
+    grad_mixed: Tensor,
+    grad_local: Tensor,
+    saved: dict[str, Any],
+    sums: Tensor | None,
+    count: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of qkv and of depthwise (4), pointwise (4), LayerNorm's weight and bias, in this order."""
+    s = saved
+    grad_qkv, flat = ops.group_mix_backward(
+        grad_mixed, grad_local, s["qkv"], s["premix"], s["prelocal"], s["height"], s["width"], s["depthwise"],
+        s["pointwise"], s["norm_weight"], s["norm_bias"], s["mean"], s["var"], s["layer_norm_weight"],
+        s["layer_norm_bias"], s["eps"], s["layer_norm_eps"], sums, count,
+    )  # fmt: skip
+    like = [*s["depthwise"], *s["pointwise"], s["layer_norm_weight"], s["layer_norm_bias"]]
+    return grad_qkv, unpack(flat, like)
+
+
+def norm_gradients(sums: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[list, list]:
+    """Gradients of BatchNorm's weights and biases from the sums over tokens."""
+    return (
+        [g.to(w.dtype) for g, w in zip(sums[1].unbind(), weights, strict=True)],
+        [g.to(b.dtype) for g, b in zip(sums[0].unbind(), biases, strict=True)],
+    )
+
+
+def _aggregate_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    qkv, height, width, *lists, lw, lb, eps, layer_norm_eps = inputs
+    ctx.size, ctx.eps = (height, width), (eps, layer_norm_eps)
+    ctx.save_for_backward(qkv, lw, lb, *(t for group in lists for t in group))
+
+
+def _aggregate_backward(ctx: Any, grad_mixed: Tensor | None, grad_local: Tensor | None) -> tuple:
+    """With fixed statistics U is cheap to compute again, so that inference-style graphs keep only inputs."""
+    qkv, lw, lb, *rest = ctx.saved_tensors
+    depthwise, pointwise, nw, nb, nm, nv = (list(rest[i : i + 4]) for i in range(0, 24, 4))
+    height, width = ctx.size
+    eps, layer_norm_eps = ctx.eps
+    premix, prelocal, local, _, _ = ops.group_mix_mix(
+        qkv, height, width, depthwise, pointwise, lw, lb, layer_norm_eps
+    )
+    mean, var = torch.stack(nm), torch.stack(nv)
+    if grad_mixed is None:
+        grad_mixed = qkv.new_zeros(3, *qkv.shape[:2], qkv.shape[2] // 15 * 4)
+    if grad_local is None:
+        grad_local = torch.zeros_like(local)
+    sums = ops.group_mix_backward_reduce(grad_mixed, qkv, premix, nw, nb, mean, var, eps)
+    saved = {
+        "qkv": qkv,
+        "premix": premix,
+        "prelocal": prelocal,
+        "height": height,
+        "width": width,
+        "depthwise": depthwise,
+        "pointwise": pointwise,
+        "norm_weight": nw,
+        "norm_bias": nb,
+        "mean": mean,
+        "var": var,
+        "layer_norm_weight": lw,
+        "layer_norm_bias": lb,
+        "eps": eps,
+        "layer_norm_eps": layer_norm_eps,
+    }
+    grad_qkv, grads = aggregate_backward(grad_mixed, grad_local, saved, None, 1.0)
+    grad_nw, grad_nb = norm_gradients(sums, nw, nb)
+    nothing = [None] * 4
+    return (
+        grad_qkv,
+        None,
+        None,
+        grads[:4],
+        grads[4:8],
+        grad_nw,
+        grad_nb,
+        nothing,
+        nothing,
+        grads[8],
+        grads[9],
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd(
+    "lkconv::group_mix_aggregate", _aggregate_backward, setup_context=_aggregate_setup
+)
+
+
+def _attention_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    mixed, _, height, width, weight, bias, scale = inputs
+    _, log_sum, context = output
+    ctx.size, ctx.scale = (height, width), scale
+    ctx.mark_non_differentiable(log_sum, context)
+    ctx.save_for_backward(mixed, log_sum, context, *weight, *bias)
+
+
+def _attention_backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple:
+    mixed, log_sum, context, *parameters = ctx.saved_tensors
+    height, width = ctx.size
+    grad_mixed, flat = ops.group_mix_attention_backward(
+        grad_out, mixed, log_sum, context, height, width, parameters[:3], parameters[3:], ctx.scale
+    )
+    grads = unpack(flat, parameters)
+    grad_local = grad_out[..., mixed.shape[-1] :]
+    return grad_mixed, grad_local, None, None, grads[:3], grads[3:], None
+
+
+torch.library.register_autograd(
+    "lkconv::group_mix_attention", _attention_backward, setup_context=_attention_setup
+)

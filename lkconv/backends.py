@@ -1,0 +1,198 @@
+"""Which backend computes a call: the automatic order, :func:`use_backend`, and why each other declines.
+
+A backend is asked with one predicate, which returns the reason for declining or None; the choice, the
+fallback of a request that cannot be met, and :func:`lkconv.explain` all read the same answer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from lkconv._validate import CONVOLVED
+from lkconv.ops import Ops, register_hooks
+
+DTYPES = CONVOLVED[:4]
+
+_log = logging.getLogger("lkconv")
+
+
+class Backend(NamedTuple):
+    """``declines(device, dtype)`` gives the reason or None; ``load()`` the ops, None for plain PyTorch."""
+
+    name: str
+    declines: Callable[[torch.device, torch.dtype], str | None]
+    load: Callable[[], Ops | None]
+
+
+class Choice(NamedTuple):
+    """The backend taken, its ops (None: plain PyTorch) and the (name, reason) of every other."""
+
+    name: str
+    ops: Ops | None
+    declined: tuple[tuple[str, str], ...]
+
+
+# --- the backends -----------------------------------------------------------------------------------------
+
+
+def _dtype_reason(dtype: torch.dtype) -> str | None:
+    if dtype in DTYPES:
+        return None
+    return f"takes float64, float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+
+
+def _cpu_declines(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"takes CPU tensors, not {device.type}"
+    return _dtype_reason(dtype)
+
+
+def cuda_module() -> tuple[object | None, str]:
+    """The compiled CUDA module, or None and the reason for its absence."""
+    return _cuda_module
+
+
+def _import_cuda_module() -> tuple[object | None, str]:
+    if torch.version.cuda is None:
+        return None, f"torch {torch.__version__} is not a CUDA build"
+    try:
+        return importlib.import_module("lkconv._C_cuda"), ""
+    except ModuleNotFoundError:
+        return None, "the CUDA module lkconv._C_cuda was not built"
+    except (ImportError, OSError) as error:
+        return None, f"the CUDA module lkconv._C_cuda failed to load: {error}"
+
+
+_cuda_module = _import_cuda_module()
+
+
+def _cuda_declines(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"takes CUDA tensors, not {device.type}"
+    return cuda_module()[1] or _dtype_reason(dtype)
+
+
+def _triton_declines(device: torch.device, dtype: torch.dtype) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type not in (("cuda", "xpu", "cpu") if interpreted else ("cuda", "xpu")):
+        return f"takes GPU tensors, and CPU tensors under TRITON_INTERPRET=1, not {device.type}"
+    if interpreted and dtype == torch.bfloat16:
+        return "Triton's interpreter does not do bfloat16"
+    if reason := _dtype_reason(dtype):
+        return reason
+    try:
+        module = importlib.import_module("lkconv.triton_kernels")
+    except ImportError as error:
+        return f"lkconv.triton_kernels failed to load: {error}"
+    available, reason = module.is_available(device)
+    return None if available else reason
+
+
+BACKENDS = (
+    Backend("cpu", _cpu_declines, lambda: register_hooks("lkconv")),
+    Backend("cuda", _cuda_declines, lambda: register_hooks("lkconv")),
+    Backend("triton", _triton_declines, lambda: register_hooks("lkconv_triton")),
+    Backend("torch", lambda device, dtype: None, lambda: None),
+)
+
+
+# --- the choice -------------------------------------------------------------------------------------------
+
+
+def _known(name: str, source: str) -> str:
+    names = [backend.name for backend in BACKENDS]
+    if name not in names:
+        raise ValueError(f"{source} must be one of {', '.join(names)}; got {name!r}")
+    return name
+
+
+_environment = (
+    _known(os.environ["LKCONV_BACKEND"], "LKCONV_BACKEND") if os.environ.get("LKCONV_BACKEND") else None
+)
+_choices: dict[tuple[str | None, torch.device, torch.dtype], Choice] = {}
+
+
+class _Request(threading.local):
+    """What this thread asked for. Not a ContextVar: Dynamo guards on a thread-local in every release."""
+
+    def __init__(self) -> None:  # runs once in each thread; a class attribute would not be guarded on
+        self.name: str | None = _environment
+
+
+_request = _Request()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Ask for a backend inside a ``with`` block: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
+
+    Applies to the calling thread alone and nests; the environment variable ``LKCONV_BACKEND``
+    asks for the whole process. A backend that cannot take a call leaves it to the next one that can:
+    :func:`lkconv.explain` says which and why, and the logger ``lkconv`` warns once.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    before, _request.name = _request.name, _known(name, "backend")
+    try:
+        yield
+    finally:
+        _request.name = before
+
+
+def requested() -> str | None:
+    """The backend asked for in this thread, or None for the automatic choice."""
+    return _request.name
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The backend for tensors of ``device`` and ``dtype`` in this thread."""
+    return _cached((_request.name, device, dtype))
+
+
+def namespace(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The op namespace of :func:`choose`'s backend, None for plain PyTorch; for code under a compiler."""
+    return _namespace_for(_request.name, device, dtype)
+
+
+def _namespace_for(request: str | None, device: torch.device, dtype: torch.dtype) -> str | None:
+    ops = _cached((request, device, dtype)).ops
+    return None if ops is None else ops.forward.namespace
+
+
+# Dynamo calls it while it traces: tracing into it would guard on what imports and caches hold and
+# recompile when they grow. The request is an argument read outside, so Dynamo does guard on that.
+# This is what torch.compiler.assume_constant_result sets, without importing Dynamo here.
+_namespace_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _cached(key: tuple[str | None, torch.device, torch.dtype]) -> Choice:
+    choice = _choices.get(key)
+    if choice is None:
+        choice = _choices[key] = _decide(*key)
+    return choice
+
+
+def _decide(request: str | None, device: torch.device, dtype: torch.dtype) -> Choice:
+    taken: Backend | None = None
+    declined = []
+    for backend in sorted(BACKENDS, key=lambda b: b.name != request):  # stable: the request first
+        if taken is not None:
+            reason = f"{taken.name} comes first" + (" (asked for)" if taken.name == request else "")
+            declined.append((backend.name, backend.declines(device, dtype) or reason))
+        elif (why := backend.declines(device, dtype)) is not None:
+            declined.append((backend.name, ("asked for, but " if backend.name == request else "") + why))
+            if backend.name == request:
+                _log.warning("backend %s declines %s tensors of %s: %s", request, device.type, dtype, why)
+        else:
+            taken = backend
+    assert taken is not None  # "torch" never declines
+    return Choice(taken.name, taken.load(), tuple(declined))

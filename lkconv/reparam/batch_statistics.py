@@ -1,0 +1,243 @@
+"""Training with batch statistics as one node: sum_b gamma_b (y_b - mean_b) / sigma_b + beta_b, y_b = x * W_b.
+
+The gradient is the full one. With M values per channel, g = sum dy, y^_b = (y_b - mean_b) / sigma_b and
+dgamma_b = sum dy y^_b, the gradient at the output of branch b is
+
+    dz_b = s_b (dy - g / M - y^_b dgamma_b / M),    s_b = gamma_b / sigma_b,
+
+then dW_b = corr(x, dz_b) and dx = sum_b convT(dz_b, W_b). Expanded, dW_b is
+s_b gather_b[G - mean(dy) S - mean(dy y^_b) corr(x, y^_b)]: merging the branches' gradients into one G and
+gathering, as with frozen statistics, would drop the last two terms.
+
+All convolutions here are depthwise; an identity branch has no weight. What is saved decides time against
+memory. ``keep=True`` keeps every y_b. ``keep=False`` keeps the input alone: the forward takes the statistics
+of one branch after the other and then runs one merged convolution with the batch-statistics scales; the
+backward computes each y_b again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from lkconv.reparam import convolution
+from lkconv.reparam.algebra import fold_dtype, spread_and_pad
+from lkconv.reparam.geometry import Geometry, place_geometry
+
+
+@dataclass(frozen=True)
+class SumSpec:
+    """What is not a tensor: the branch geometries (None: the identity), their eps, and how to run."""
+
+    geometries: tuple[Geometry | None, ...]
+    eps: tuple[float, ...]
+    target: Geometry
+    keep: bool = True
+    synchronise: bool = False
+    group: dist.ProcessGroup | None = None
+
+
+def branch_output(input: Tensor, weight: Tensor | None, geometry: Geometry | None) -> Tensor:
+    if weight is None or geometry is None:
+        return input
+    return convolution.forward(input, weight, None, geometry)
+
+
+def moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel, in float32 or float64."""
+    # Scratch running statistics make PyTorch's kernel accumulate and answer in their dtype.
+    scratch = torch.zeros(2, y.shape[1], dtype=fold_dtype(y), device=y.device)
+    mean, var = torch.ops.aten.batch_norm_update_stats(y, scratch[0], scratch[1], 0.0)
+    return mean, var
+
+
+def synchronised_moments(
+    means: Tensor, variances: Tensor, count: int, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, int]:
+    """Statistics of all processes together, for all branches (B, C), through one all-reduce.
+
+    Sums of squares cancel against squared means: they are formed and subtracted in float64.
+    """
+    mean, var = means.double(), variances.double()
+    packed = torch.cat(
+        [(mean * count).flatten(), ((var + mean * mean) * count).flatten(), mean.new_tensor([count])]
+    )
+    dist.all_reduce(packed, group=group)
+    total = packed[-1]
+    first, second = (packed[:-1] / total).reshape(2, *means.shape)
+    variance = (second - first * first).clamp_min_(0)
+    return first.to(means.dtype), variance.to(means.dtype), int(total)
+
+
+def plain_sum(
+    input: Tensor,
+    weights: Sequence[Tensor | None],
+    gammas: Sequence[Tensor | None],
+    betas: Sequence[Tensor | None],
+    spec: SumSpec,
+) -> Tensor:
+    """The same sum as a composition of differentiable operations: the definition, and the double backward."""
+    out = None
+    for b, weight in enumerate(weights):
+        y = branch_output(input, weight, spec.geometries[b])
+        y = F.batch_norm(y, None, None, gammas[b], betas[b], True, 0.0, spec.eps[b])
+        out = y if out is None else out + y
+    assert out is not None
+    return out
+
+
+def _channelwise(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.to(like.dtype).reshape(1, -1, 1, 1)
+
+
+def _merged_output(
+    input: Tensor, weights: Sequence[Tensor | None], scales: Tensor, shift: Tensor, spec: SumSpec
+) -> Tensor:
+    """One convolution with the kernel sum_b place_b(s_b W_b)."""
+    kernel = None
+    for b, weight in enumerate(weights):
+        geometry = spec.geometries[b]
+        if weight is None or geometry is None:
+            weight = scales.new_ones(scales.shape[1], 1, 1, 1)
+            geometry = Geometry((1, 1), groups=spec.target.groups)
+        placement = place_geometry(geometry, spec.target, f"branch {b}")
+        placed = spread_and_pad(
+            weight.to(scales.dtype) * scales[b].reshape(-1, 1, 1, 1), placement, spec.target.kernel_size
+        )
+        kernel = placed if kernel is None else kernel + placed
+    assert kernel is not None
+    return convolution.forward(input, kernel.to(input.dtype), shift.to(input.dtype), spec.target)
+
+
+class BatchStatisticsSum(torch.autograd.Function):
+    """(input, spec, weights..., gammas..., betas...) -> (output, means (B, C), variances (B, C), count)."""
+
+    @staticmethod
+    def forward(ctx, input: Tensor, spec: SumSpec, *tensors: Tensor | None):
+        branches = len(spec.geometries)
+        weights, gammas, betas = (tensors[i * branches : (i + 1) * branches] for i in range(3))
+        outputs: list[Tensor] = []
+        found = []
+        for weight, geometry in zip(weights, spec.geometries, strict=True):
+            y = branch_output(input, weight, geometry)
+            found.append(moments(y))
+            if spec.keep:
+                outputs.append(y)
+            count = y.numel() // y.shape[1]
+            del y
+        if count * (dist.get_world_size(spec.group) if spec.synchronise else 1) < 2:
+            raise ValueError(
+                f"batch statistics need more than 1 value per channel, got output {tuple(input.shape)}"
+            )
+        means = torch.stack([mean for mean, _ in found])
+        variances = torch.stack([var for _, var in found])
+        if spec.synchronise:
+            means, variances, count = synchronised_moments(means, variances, count, spec.group)
+        eps = torch.tensor(spec.eps, dtype=means.dtype, device=means.device).unsqueeze(1)
+        inverse = torch.rsqrt(variances + eps)
+        scales = torch.stack(
+            [i if g is None else i * g.to(i.dtype) for i, g in zip(inverse, gammas, strict=True)]
+        )
+        shift = -(means * scales).sum(0)
+        for beta in betas:
+            if beta is not None:
+                shift = shift + beta.to(shift.dtype)
+        if spec.keep:
+            out = torch.addcmul(_channelwise(shift, input), outputs[0], _channelwise(scales[0], input))
+            for b, y in enumerate(outputs[1:], start=1):
+                out.addcmul_(y, _channelwise(scales[b], input))
+        else:
+            out = _merged_output(input, weights, scales, shift, spec)
+        ctx.save_for_backward(input, means, inverse, *weights, *gammas, *betas, *outputs)
+        ctx.spec, ctx.count = spec, count
+        ctx.mark_non_differentiable(means, variances)
+        return out, means, variances, count
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *unused):
+        input, means, inverse, *rest = ctx.saved_tensors
+        branches = len(ctx.spec.geometries)
+        weights, gammas, betas, outputs = (rest[i * branches : (i + 1) * branches] for i in range(4))
+        if torch.is_grad_enabled():
+            if ctx.spec.synchronise:
+                raise RuntimeError("double backward through synchronised batch statistics is not supported")
+            found = _differentiable_gradients(
+                input, weights, gammas, betas, ctx.spec, ctx.needs_input_grad, grad
+            )
+        else:
+            found = _gradients(input, weights, gammas, betas, outputs, means, inverse, ctx, grad)
+        return found
+
+
+def _differentiable_gradients(input, weights, gammas, betas, spec, needs, grad):
+    """Gradients that can be differentiated again: through :func:`plain_sum`, computed anew."""
+    tensors = [input, None, *weights, *gammas, *betas]
+    wanted = [i for i, t in enumerate(tensors) if t is not None and needs[i]]
+    out = plain_sum(input, weights, gammas, betas, spec)
+    found = torch.autograd.grad(out, [tensors[i] for i in wanted], grad, create_graph=True)
+    result: list[Tensor | None] = [None] * len(tensors)
+    for i, gradient in zip(wanted, found, strict=True):
+        result[i] = gradient
+    return tuple(result)
+
+
+def _gradients(input, weights, gammas, betas, outputs, means, inverse, ctx, grad):
+    """The full gradient, one branch after the other; ``ctx`` supplies spec, count and needs_input_grad."""
+    spec, branches = ctx.spec, len(weights)
+    needs_input, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
+    reductions = None
+    if spec.synchronise:
+        reductions = _synchronised_reductions(input, weights, outputs, means, inverse, spec, grad)
+    grad_input = None
+    grads: list[Tensor | None] = [None] * (3 * branches)
+    for b, (weight, geometry) in enumerate(zip(weights, spec.geometries, strict=True)):
+        y = outputs[b] if spec.keep else branch_output(input, weight, geometry)
+        gamma = None if gammas[b] is None else gammas[b].to(inverse.dtype)
+        if reductions is None:
+            dz, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
+                grad, y, gamma, None, None, means[b], inverse[b], True, spec.eps[b], [True, True, True]
+            )
+        else:
+            local_g, local_dot, total_g, total_dot = reductions
+            dgamma, dbeta = local_dot[b], local_g
+            dz = _normalised_gradient(grad, y, gamma, means[b], inverse[b], total_g, total_dot[b], ctx.count)
+        grads[branches + b] = None if gamma is None else dgamma.to(gammas[b].dtype)
+        grads[2 * branches + b] = None if betas[b] is None else dbeta.to(betas[b].dtype)
+        if weight is not None and needs[b]:
+            grads[b] = convolution.backward_weight(dz, input, geometry).to(weight.dtype)
+        if needs_input:
+            part = (
+                dz if weight is None else convolution.backward_input(dz, weight, tuple(input.shape), geometry)
+            )
+            grad_input = part if grad_input is None else grad_input.add_(part)
+        del y, dz
+    return grad_input, None, *grads
+
+
+def _synchronised_reductions(input, weights, outputs, means, inverse, spec, grad):
+    """sum dy (C,) and sum dy y^_b (B, C): of this process, and of all of them through one all-reduce."""
+    total = grad.sum((0, 2, 3), dtype=inverse.dtype)
+    dots = []
+    for b, (weight, geometry) in enumerate(zip(weights, spec.geometries, strict=True)):
+        y = outputs[b] if spec.keep else branch_output(input, weight, geometry)
+        # Centred before the product: sum dy y - mean sum dy would cancel.
+        centred = (y.to(inverse.dtype) - means[b].reshape(1, -1, 1, 1)).mul_(grad)
+        dots.append(centred.sum((0, 2, 3)) * inverse[b])
+    dot = torch.stack(dots)
+    packed = torch.cat([total.unsqueeze(0), dot])
+    dist.all_reduce(packed, group=spec.group)
+    return total, dot, packed[0], packed[1:]
+
+
+def _normalised_gradient(grad, y, gamma, mean, inverse, total, dot, count):
+    """dz = s (dy - g / M - y^ dgamma / M), as a dy + b y + c with per-channel a, b, c."""
+    scale = inverse if gamma is None else inverse * gamma
+    slope = -scale * inverse * dot / count
+    constant = -scale * total / count - slope * mean
+    dz = torch.addcmul(_channelwise(constant, grad), grad, _channelwise(scale, grad))
+    return dz.addcmul_(y, _channelwise(slope, grad))

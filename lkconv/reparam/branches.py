@@ -1,0 +1,194 @@
+"""Live branches: convolution and batch-norm modules of a block, run merged, fused or one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lkconv.reparam.algebra import Branch, identity_geometry, identity_kernel, merge_kernels, module_affine
+from lkconv.reparam.batch_statistics import BatchStatisticsSum, SumSpec
+from lkconv.reparam.convolution import autocast_input, convolve, is_depthwise
+from lkconv.reparam.functional import merged_depthwise_conv2d
+from lkconv.reparam.geometry import Geometry
+from lkconv.reparam.planner import Situation, plan, preferred_path
+
+
+@dataclass
+class ConvBN:
+    """``bn(conv(x))``. conv None is the identity, bn None leaves the convolution as it is.
+
+    crop (height, width): pixels cut from each side of the input before the convolution.
+    """
+
+    name: str
+    conv: Any
+    bn: Any = None
+    crop: tuple[int, int] = (0, 0)
+
+    def __call__(self, input: Tensor) -> Tensor:
+        crop_h, crop_w = self.crop
+        y = F.pad(input, (-crop_w, -crop_w, -crop_h, -crop_h)) if crop_h or crop_w else input
+        if self.conv is not None:
+            y = self.conv(y)
+        return y if self.bn is None else self.bn(y)
+
+    def geometry(self, target: Geometry) -> Geometry:
+        if self.conv is None:
+            return identity_geometry(target)
+        own = Geometry.of(self.conv)
+        padding = (own.padding[0] - self.crop[0], own.padding[1] - self.crop[1])
+        return Geometry(own.kernel_size, own.stride, padding, own.dilation, own.groups, own.padding_mode)
+
+    def linear(self, target: Geometry, channels: int, like: Tensor) -> Branch:
+        """The branch as weight, scale and bias, with the running statistics of its batch norm.
+
+        An identity's kernel takes device and dtype from ``like``.
+        """
+        bias = None
+        if self.conv is None:
+            weight = identity_kernel(channels, target.groups, device=like.device, dtype=like.dtype)
+        else:
+            weight, bias = self.conv.weight, self.conv.bias
+        scale = None
+        if self.bn is not None:
+            scale, bias = module_affine(self.bn, bias)
+        return Branch(weight, self.geometry(target), scale, bias, self.name)
+
+    def uses_batch_statistics(self) -> bool:
+        return self.bn is not None and uses_batch_statistics(self.bn)
+
+    def is_plain(self) -> bool:
+        """Whether calling the modules does nothing but their formula: exact types and no hooks."""
+        conv_ok = self.conv is None or (isinstance(self.conv, nn.Conv2d) and not has_hooks(self.conv))
+        bn_ok = self.bn is None or (isinstance(self.bn, _BatchNorm) and not has_hooks(self.bn))
+        return conv_ok and bn_ok and getattr(self.conv, "padding_mode", "zeros") == "zeros"
+
+
+def uses_batch_statistics(bn: nn.Module) -> bool:
+    """Whether a batch norm normalises by its batch: in training, or when it tracks no statistics."""
+    return bn.training or getattr(bn, "running_mean", None) is None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs a user's hook, which folding would skip."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _sync_group(parts: Sequence[ConvBN]) -> tuple[bool, dist.ProcessGroup | None]:
+    """Whether all batch norms share statistics between processes, and in which group."""
+    first = parts[0].bn
+    if not isinstance(first, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+        return False, None
+    group = first.process_group or dist.group.WORLD
+    return dist.get_world_size(group) > 1, group
+
+
+def _same_kind(parts: Sequence[ConvBN]) -> bool:
+    """Batch norms of one type (and process group); convolutions without bias: what the fused path takes."""
+    kinds = {(type(p.bn), getattr(p.bn, "process_group", None)) for p in parts}
+    return len(kinds) == 1 and all(p.conv is None or p.conv.bias is None for p in parts)
+
+
+def run_branches(input: Tensor, parts: Sequence[ConvBN], target: Geometry, out_channels: int) -> Tensor:
+    """The sum of all branches, by whichever path :func:`lkconv.reparam.planner.plan` picks."""
+    batch_statistics = tuple(p.uses_batch_statistics() for p in parts)
+    plain = all(p.is_plain() for p in parts)
+    fusable = plain and _same_kind(parts) if any(batch_statistics) else plain
+    synchronised, group = _sync_group(parts)
+    chosen = plan(
+        Situation(
+            plain=fusable,
+            batch_statistics=batch_statistics,
+            depthwise=is_depthwise(input.shape[1], out_channels, target.groups) and input.numel() > 0,
+            cropped=any(p.crop != (0, 0) for p in parts),
+            traced=_traced(),
+            synchronised=synchronised,
+        ),
+        preferred_path(),
+    )
+    if chosen.path == "merged":
+        return run_merged(
+            input, [p.linear(target, input.shape[1], input) for p in parts], target, out_channels
+        )
+    if chosen.path == "branches":
+        return _one_by_one(input, parts)
+    return _fused(input, parts, target, chosen.path == "fused", synchronised, group)
+
+
+def run_merged(input: Tensor, branches: Sequence[Branch], target: Geometry, out_channels: int) -> Tensor:
+    """One convolution: the registered op for depthwise layers, ``F.conv2d`` for the others."""
+    if is_depthwise(input.shape[1], out_channels, target.groups):
+        return merged_depthwise_conv2d(input, branches, target)
+    weight, bias = merge_kernels(branches, target)
+    input = autocast_input(input)
+    return convolve(input, weight.to(input.dtype), bias.to(input.dtype), target)
+
+
+def _one_by_one(input: Tensor, parts: Sequence[ConvBN]) -> Tensor:
+    out = parts[0](input)
+    for part in parts[1:]:
+        out = out + part(input)
+    return out
+
+
+def _fused(
+    input: Tensor,
+    parts: Sequence[ConvBN],
+    target: Geometry,
+    keep: bool,
+    synchronised: bool,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    norms = [p.bn for p in parts]
+    spec = SumSpec(
+        tuple(None if p.conv is None else p.geometry(target) for p in parts),
+        tuple(bn.eps for bn in norms),
+        target,
+        keep,
+        synchronised,
+        group,
+    )
+    weights = [None if p.conv is None else p.conv.weight for p in parts]
+    input = autocast_input(input)
+    # A kernel and its input meet in one dtype, as under F.conv2d; the gradient returns in the kernel's own.
+    weights = [w if w is None else w.to(input.dtype) for w in weights]
+    affine = [bn.weight for bn in norms] + [bn.bias for bn in norms]
+    with torch.autocast(input.device.type, enabled=False):
+        out, means, variances, count = BatchStatisticsSum.apply(input, spec, *weights, *affine)
+    _update_running_statistics(norms, means, variances, int(count))
+    return out
+
+
+@torch.no_grad()
+def _update_running_statistics(
+    norms: Sequence[nn.Module | None], means: Tensor, variances: Tensor, count: int
+):
+    """What BatchNorm does in training: momentum (or a cumulative mean) and the unbiased variance."""
+    for bn, mean, variance in zip(norms, means, variances, strict=True):
+        assert isinstance(bn, _BatchNorm)
+        if not bn.track_running_stats or bn.running_mean is None or bn.running_var is None:
+            continue
+        momentum = bn.momentum
+        if bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / float(bn.num_batches_tracked)
+        unbiased = variance * (count / (count - 1))
+        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum or 0.0)
+        bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), momentum or 0.0)

@@ -1,0 +1,144 @@
+"""SLaK (https://arxiv.org/abs/2207.03620): two strips and a square kernel, merged into two strips."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lkconv.reparam.algebra import Branch, fold_dtype, merge_kernels
+from lkconv.reparam.block import ReparamBlock, config_of, conv_bn, require
+from lkconv.reparam.branches import ConvBN, run_branches
+from lkconv.reparam.convolution import make_layer
+from lkconv.reparam.geometry import Geometry
+
+_OFFICIAL_ALIASES = {"Decom1.": "LoRA1.", "Decom2.": "LoRA2."}
+
+
+class SLaKReparamLargeKernelConv(ReparamBlock):
+    """``bn(conv K x k) + bn(conv k x K) + bn(conv k x k)``, depthwise, merged into the two strips.
+
+    The square kernel fits into the K x k strip, so the merged form has 2 K k taps (51 and 5: 510), where one
+    dense kernel would have K K (2601). Training form: ``LoRA1``, ``LoRA2``, ``small_conv`` with ``{conv,bn}``
+    (checkpoints that say ``Decom1``, ``Decom2`` load as well); merged form: ``strip_vertical``,
+    ``strip_horizontal``.
+
+    Args:
+        in_channels, out_channels, groups: all equal. kernel_size: K, odd. stride: of all.
+        small_kernel: k, odd; at k = K there is no square branch. small_kernel_merged: build the merged form.
+        Decom: must be True; without strips use :class:`lkconv.reparam.ReparamLargeKernelConv`.
+    """
+
+    merged_name = "strip_vertical"
+    deploy_flag = "small_kernel_merged"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        groups: int,
+        small_kernel: int,
+        small_kernel_merged: bool = False,
+        Decom: bool = True,
+    ) -> None:
+        require(bool(Decom), "Decom must be True; without strips use ReparamLargeKernelConv")
+        require(
+            kernel_size % 2 == 1 and small_kernel % 2 == 1 and small_kernel <= kernel_size,
+            f"kernels must be odd and small_kernel at most kernel_size, got {kernel_size} and {small_kernel}",
+        )
+        large, small = kernel_size, small_kernel
+        common: dict[str, Any] = {"stride": stride, "dilation": 1, "groups": groups}
+        vertical = Geometry.make((large, small), padding=(large // 2, small // 2), **common)
+        super().__init__(in_channels, out_channels, vertical)
+        self._horizontal = Geometry.make((small, large), padding=(small // 2, large // 2), **common)
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "groups", "small_kernel")
+        self._config = config_of(locals(), *names)
+        self.kernel_size, self.small_kernel, self.Decom = kernel_size, small_kernel, True
+        self.small_kernel_merged = small_kernel_merged
+        if small_kernel_merged:
+            self.strip_vertical = self._new_merged_layer()
+            self.strip_horizontal = self._new_horizontal_layer()
+            return
+        self.LoRA1 = conv_bn(in_channels, out_channels, vertical)
+        self.LoRA2 = conv_bn(in_channels, out_channels, self._horizontal)
+        if small < large:
+            square = Geometry.make(small, stride, small // 2, 1, groups)
+            self.small_conv = conv_bn(in_channels, out_channels, square)
+
+    def _new_horizontal_layer(self, **kwargs: Any) -> nn.Conv2d:
+        return make_layer(self.in_channels, self.out_channels, self._horizontal, bias=True, **kwargs)
+
+    def _training_children(self) -> list[str]:
+        return ["LoRA1", "LoRA2", "small_conv"]
+
+    def _strips(self) -> tuple[list[ConvBN], list[ConvBN]]:
+        """Branches of the vertical strip (with the square kernel) and of the horizontal one."""
+        pairs = {n: getattr(self, n) for n in self._training_children() if n in self._modules}
+        parts = {name: ConvBN(name, pair.conv, pair.bn) for name, pair in pairs.items()}
+        return [parts[n] for n in ("LoRA1", "small_conv") if n in parts], [parts["LoRA2"]]
+
+    def _linear(self, parts: list[ConvBN], target: Geometry) -> list[Branch]:
+        like = next(self.parameters())
+        return [part.linear(target, self.in_channels, like) for part in parts]
+
+    def get_equivalent_strips(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """((weight, bias) of the K x k strip, (weight, bias) of the k x K strip); differentiable."""
+        if self.is_merged:
+            strips = (self.strip_vertical, self.strip_horizontal)
+            return tuple((strip.weight, strip.bias) for strip in strips)  # type: ignore[return-value]
+        vertical, horizontal = self._strips()
+        return (
+            merge_kernels(self._linear(vertical, self._target), self._target),
+            merge_kernels(self._linear(horizontal, self._horizontal), self._horizontal),
+        )
+
+    def _fold(self) -> tuple[Tensor, Tensor]:
+        size = (self.kernel_size, self.kernel_size)
+        dense = Geometry(size, self._target.stride, (size[0] // 2, size[1] // 2), groups=self._target.groups)
+        if self.is_merged:
+            branches = [
+                Branch(layer.weight, Geometry.of(layer), None, layer.bias, "strip")
+                for layer in (self.strip_vertical, self.strip_horizontal)
+            ]
+        else:
+            branches = self._linear([part for strip in self._strips() for part in strip], dense)
+        return merge_kernels(branches, dense, fold_dtype(branches[0].weight, branches[0].scale))
+
+    def get_equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
+        """The dense K x K kernel and bias, to look at: the merged form keeps two strips instead."""
+        weight, bias = self._fold()
+        return weight.to(self._parameter_dtype()), bias.to(self._parameter_dtype())
+
+    @torch.no_grad()
+    def _merge(self) -> None:
+        trainable = any(p.requires_grad for p in self.parameters())
+        folded = self.get_equivalent_strips()
+        makers = (self._new_merged_layer, self._new_horizontal_layer)
+        layers = []
+        for (weight, bias), make in zip(folded, makers, strict=True):
+            layer = make(device="meta", dtype=weight.dtype)
+            layer.weight = nn.Parameter(weight.contiguous().clone(), requires_grad=trainable)
+            layer.bias = nn.Parameter(bias.clone(), requires_grad=trainable)
+            layers.append(layer.train(self.training))
+        for name in self._training_children():
+            if hasattr(self, name):
+                delattr(self, name)
+        self.strip_vertical, self.strip_horizontal = layers
+        self.small_kernel_merged = True
+
+    def linear_forward(self, input: Tensor) -> Tensor:
+        if self.is_merged:
+            return self.strip_vertical(input) + self.strip_horizontal(input)
+        vertical, horizontal = self._strips()
+        return run_branches(input, vertical, self._target, self.out_channels) + run_branches(
+            input, horizontal, self._horizontal, self.out_channels
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for official, ours in _OFFICIAL_ALIASES.items():
+            for key in [k for k in state_dict if k.startswith(prefix + official)]:
+                state_dict[prefix + ours + key[len(prefix + official) :]] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
