@@ -1,0 +1,1 @@
+"""Benchmarks of lkconv: ``python -m bench --help``."""

@@ -1,0 +1,145 @@
+"""Command line of the benchmarks: ``python -m bench <command> --help``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from functools import partial
+from importlib import import_module
+
+import torch
+from tqdm import tqdm
+
+from bench import depthwise_conv2d, group_mix, machine, reparam, report
+from bench.problem import DTYPES, PASSES
+from bench.shapes import SUITES, layers
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own choice)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of lkconv.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    conv = commands.add_parser(
+        "depthwise_conv2d",
+        help="the layers of real models against every peer",
+        description="Measures lkconv and every peer on layers of real models. Each result is compared with a "
+        "float64 reference first; a wrong one is not timed.",
+    )
+    conv.add_argument(
+        "--suite", nargs="+", choices=SUITES, default=["replknet"], metavar="SUITE",
+        help=f"one or more of {', '.join(SUITES)}; all: every layer of a real model",
+    )  # fmt: skip
+    conv.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=["float32"], metavar="DTYPE", help="several allowed"
+    )
+    conv.add_argument(
+        "--pass", dest="passes", nargs="+", choices=(*PASSES, "all"), default=["all"], metavar="PASS"
+    )
+    _add_common(conv)
+    conv.add_argument(
+        "--batch", type=_positive, help="default: a CPU row of about a second, 32 (or 64) on a GPU"
+    )
+    conv.add_argument("--filter", default="", help="only layers whose name contains this")
+    conv.add_argument("--quick", action="store_true", help="fewer repeats and smaller CPU batches")
+    conv.add_argument(
+        "--compile", action="store_true", help="also measure F.conv2d under torch.compile (slow)"
+    )
+    conv.add_argument("--tf32", action="store_true", help="allow TF32 on a GPU, for everyone")
+    conv.add_argument("--compact", action="store_true", help="one line a layer")
+    conv.add_argument("--json", metavar="FILE", help="write all rows")
+    conv.add_argument("--plot", metavar="FILE.png", help="draw speed-ups and rooflines")
+    conv.add_argument("--base", metavar="FILE", help="compare with an earlier --json file")
+    conv.set_defaults(run=_depthwise_conv2d)
+    for name, text in (
+        ("overhead", "call overhead on a tiny input, in microseconds"),
+        ("memory", "peak extra memory of a training step"),
+        ("scaling", "time against N and C, which is linear"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        _add_common(command)
+        command.add_argument("--json", metavar="FILE", help="write the result")
+        command.set_defaults(run=partial(_module, name))
+    mix = commands.add_parser(
+        "group_mix",
+        help="Group-Mix attention of GroupMixFormer against PyTorch",
+        description=group_mix.__doc__,
+    )
+    group_mix.add_arguments(mix)
+    mix.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own choice)")
+    mix.set_defaults(run=group_mix.run, device="cpu")
+    blocks = commands.add_parser("reparam", help="blocks as branches, fused and merged: time and memory")
+    reparam.add_arguments(blocks)
+    blocks.set_defaults(run=reparam.run)
+    demo = commands.add_parser("demo", help="a 31x31 layer and a real network, before and after")
+    demo.add_argument(
+        "--out", default="demo_out", metavar="DIR", help="folder of the pictures (default: demo_out)"
+    )
+    demo.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own choice)")
+    demo.set_defaults(run=partial(_module, "demo"), device="cpu")
+    return parser
+
+
+def _module(name: str, arguments: argparse.Namespace) -> int:
+    return import_module(f"bench.{name}").main(arguments)
+
+
+def _depthwise_conv2d(arguments: argparse.Namespace) -> int:
+    chosen = tuple(layer for layer in layers(*arguments.suite) if arguments.filter in layer.name)
+    if not chosen:
+        sys.exit(f"bench: no layer of {', '.join(arguments.suite)} has {arguments.filter!r} in its name")
+    base = report.load(arguments.base)["rows"] if arguments.base else None
+    settings = depthwise_conv2d.Settings(
+        dtypes=tuple(dict.fromkeys(arguments.dtype)),
+        passes=PASSES if "all" in arguments.passes else tuple(dict.fromkeys(arguments.passes)),
+        device=arguments.device,
+        batch=arguments.batch,
+        quick=arguments.quick,
+        compiled=arguments.compile,
+        tf32=arguments.tf32,
+    )
+    print(machine.describe(machine.machine(settings.device)), flush=True)
+    show = report.format_cell_compact if arguments.compact else report.format_cell
+    rows: list[dict] = []
+    for cell in depthwise_conv2d.run(chosen, settings, partial(tqdm, unit="cell", dynamic_ncols=True)):
+        rows += cell
+        tqdm.write(show(cell))
+    ceilings = None
+    if arguments.json or arguments.plot:
+        from bench import roofline
+
+        ceilings = roofline.ceilings(settings.device, settings.dtypes)
+    print(f"\n{report.format_summary(rows)}")
+    if base is not None:
+        print(f"\n{report.format_comparison(rows, base)}")
+    if arguments.json:
+        report.save(arguments.json, rows, {**asdict(settings), "suites": arguments.suite}, ceilings)
+    if arguments.plot:
+        from bench import plots
+
+        plots.draw(rows, ceilings, arguments.plot)
+    return 1 if any(not row["correct"] for row in rows if row["implementation"] == "lkconv") else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("bench: --device cuda: this torch sees no CUDA GPU")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

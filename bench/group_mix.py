@@ -1,0 +1,230 @@
+"""Group-Mix attention: every stage of every model, fused against the chain of PyTorch operators.
+
+The peer is ``bench.models.group_mix_unfused``, as it is and under ``torch.compile``. Each row says how many
+kernels a step launches and how many bytes they read and write, and is timed only when its outputs and input
+gradients agree with float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench import machine, measure
+from bench.models.group_mix_former import CONFIGS
+from bench.models.group_mix_unfused import UnfusedAttention
+from lkconv import GroupMixAttention
+
+PARTS = ("aggregation", "attention")
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+STEM = 4  # pixels per token of the first stage, along either axis
+
+
+@dataclass
+class Row:
+    """One stage, part, dtype, mode and implementation. Times are seconds, None where the result is wrong."""
+
+    model: str
+    stage: int
+    channels: int
+    tokens: tuple[int, int]
+    batch: int
+    part: str
+    dtype: str
+    mode: str
+    implementation: str
+    kernels: int | None
+    megabytes: float | None
+    error: float
+    median: float | None
+    ratio: float | None = None
+
+
+class Traffic(TorchDispatchMode):
+    """Counts operators that launch work, and the bytes of the tensors they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        results = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        given = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        storages = {t.untyped_storage().data_ptr() for t in given}
+        fresh = [t for t in results if t.untyped_storage().data_ptr() not in storages]
+        if not func.is_view and (fresh or "_(" in str(func._schema.name) or func._schema.is_mutable):
+            self.kernels += 1
+            self.bytes += sum(t.numel() * t.element_size() for t in (*given, *fresh))
+        return out
+
+
+def stages(names: list[str], image: int) -> list[tuple[str, int, int, int]]:
+    """(model, stage, channels, tokens per side) of square images, each distinct shape of a model once."""
+    rows = []
+    for name in names:
+        for i, channels in enumerate(CONFIGS[name].channels):
+            rows.append((name, i + 1, channels, image // (STEM << i)))
+    return rows
+
+
+def _modules(channels: int, dtype: torch.dtype, training: bool) -> tuple[GroupMixAttention, UnfusedAttention]:
+    torch.manual_seed(0)
+    fused = GroupMixAttention(channels, qkv_bias=True).train(training)
+    for norm in fused.aggregator.norms():
+        norm.running_var.uniform_(0.5, 2)
+    fused = fused.to(dtype)
+    return fused, UnfusedAttention(channels).to(dtype).copy_from(fused)
+
+
+def _outputs(part: str, fused: GroupMixAttention, plain: UnfusedAttention) -> dict[str, Callable]:
+    """Functions of (input, size) that return the tensors of which gradients are taken."""
+
+    def aggregate(x, size):
+        q, k, v, local = fused.aggregator(x, size)
+        return (q, k, v), local
+
+    if part == "aggregation":
+        return {"lkconv": aggregate, "eager": plain.aggregation}
+    return {"lkconv": lambda x, size: (fused(x, size),), "eager": lambda x, size: (plain(x, size),)}
+
+
+def _flat(out: tuple) -> list[torch.Tensor]:
+    return [t if isinstance(t, torch.Tensor) else torch.stack(t) for t in out]
+
+
+def _step(function: Callable, x: torch.Tensor, size: tuple[int, int], training: bool) -> Callable[[], list]:
+    """One forward pass, or one with all gradients of it; returns the outputs and the input's gradient."""
+    if not training:
+
+        def forward():
+            with torch.no_grad():
+                return list(function(x, size))
+
+        return forward
+    leaf = x.detach().requires_grad_()
+    weights: list[torch.Tensor] = []
+
+    def step():
+        leaf.grad = None
+        out = [t for o in function(leaf, size) for t in (o if isinstance(o, tuple) else (o,))]
+        if not weights:
+            torch.manual_seed(1)
+            weights.extend(torch.randn_like(t, memory_format=torch.preserve_format) for t in out)
+        torch.autograd.backward(out, weights)
+        return [*out, leaf.grad]
+
+    return step
+
+
+def _error(part: str, step: Callable, function: Callable, exact: Callable, x: torch.Tensor, size) -> float:
+    """Largest relative error of the outputs, and with gradients of the input's gradient."""
+    worst = 0.0
+    leaf, leaf64 = x.detach().requires_grad_(), x.detach().double().requires_grad_()
+    outs, expected = _flat(function(leaf, size)), _flat(exact(leaf64, size))
+    torch.manual_seed(1)
+    seeds = [torch.randn(o.shape, dtype=torch.float64) for o in expected]
+    torch.autograd.backward(expected, seeds)
+    torch.autograd.backward(outs, [s.to(o.dtype) for s, o in zip(seeds, outs, strict=True)])
+    for a, b in zip([*outs, leaf.grad], [*expected, leaf64.grad], strict=True):
+        worst = max(worst, float((a.detach().double() - b.detach()).norm() / b.detach().norm()))
+    return worst
+
+
+def measure_stage(
+    model: str,
+    stage: int,
+    channels: int,
+    side: int,
+    batch: int,
+    part: str,
+    dtype: torch.dtype,
+    training: bool,
+    compiled: bool,
+    budget: measure.Budget,
+) -> list[Row]:
+    """The rows of one stage: the gate, then the timing of what passed it, in turns."""
+    size = (side, side)
+    fused, plain = _modules(channels, dtype, training)
+    functions = _outputs(part, fused, plain)
+    if compiled:
+        functions["compiled"] = torch.compile(functions["eager"])
+    exact = _outputs(part, fused, UnfusedAttention(channels).double().copy_from(fused).double())["eager"]
+    width = 3 * channels if part == "aggregation" else channels
+    x = torch.randn(batch, side * side, width).to(dtype)
+    rows, runs = [], {}
+    for name, function in functions.items():
+        step = _step(function, x, size, training)
+        error = _error(part, step, function, exact, x, size)
+        kernels = megabytes = None
+        if name != "compiled":
+            with Traffic() as traffic:
+                step()
+            kernels, megabytes = traffic.kernels, traffic.bytes / 1e6
+        # The gradient crosses hardswish, whose slope jumps at 3: an input there flips with the rounding.
+        if error <= 4 * LIMITS[dtype]:
+            runs[name] = step
+        rows.append(
+            Row(model, stage, channels, size, batch, part, str(dtype).removeprefix("torch."),
+                "training" if training else "forward", name, kernels, megabytes, error, None)
+        )  # fmt: skip
+    times = measure.time_cpu(runs, budget)
+    medians = {name: t.summary()["median"] for name, t in times.items()}
+    for row in rows:
+        row.median = medians.get(row.implementation)
+        if row.median and "lkconv" in medians:
+            row.ratio = row.median / medians["lkconv"]
+    return rows
+
+
+def show(row: Row) -> str:
+    """One line."""
+    work = "" if row.kernels is None else f"{row.kernels:4d} kernels {row.megabytes:8.1f} MB"
+    time = "WRONG, not timed" if row.median is None else f"{row.median * 1e3:9.3f} ms"
+    ratio = "" if row.ratio is None else f"{row.ratio:6.2f}x of lkconv's time"
+    where = f"{row.model}{row.stage} C={row.channels:<3d} {row.tokens[0]}x{row.tokens[1]} N={row.batch}"
+    what = f"{row.part:<11s} {row.dtype:<8s} {row.mode:<8s} {row.implementation:<8s}"
+    return f"{where} {what} {work:<26s} error {row.error:.1e} {time} {ratio}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``python -m bench group_mix``."""
+    parser.add_argument("--model", nargs="+", choices=list(CONFIGS), default=["S", "B"], metavar="MODEL")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])
+    parser.add_argument("--mode", nargs="+", choices=["forward", "training"], default=["forward", "training"])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--image", type=int, default=224, help="side of the image in pixels")
+    parser.add_argument("--stage", type=int, nargs="+", choices=[1, 2, 3, 4], default=[1, 2, 3, 4])
+    parser.add_argument("--compile", action="store_true", help="also the peer under torch.compile (slow)")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    parser.add_argument("--json", metavar="FILE", help="write all rows")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures and prints; 1 when a result of lkconv is wrong."""
+    facts = machine.machine("cpu")
+    print(machine.describe(facts), flush=True)
+    budget = measure.QUICK if arguments.quick else measure.FULL
+    rows: list[Row] = []
+    for model, stage, channels, side in stages(arguments.model, arguments.image):
+        for part in arguments.part if stage in arguments.stage else []:
+            for dtype in arguments.dtype:
+                for mode in arguments.mode:
+                    found = measure_stage(
+                        model, stage, channels, side, arguments.batch, part, getattr(torch, dtype),
+                        mode == "training", arguments.compile, budget,
+                    )  # fmt: skip
+                    rows += found
+                    print("\n".join(show(r) for r in found), flush=True)
+    if arguments.json:
+        Path(arguments.json).write_text(
+            json.dumps({"machine": facts, "rows": [asdict(r) for r in rows]}, indent=1)
+        )
+    return int(any(r.median is None for r in rows if r.implementation == "lkconv"))
