@@ -1,0 +1,36 @@
+"""Shared by every test: GPU tests skip with a reason, uninitialised memory is NaN, hypothesis profiles."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+# "ci" repeats the same examples on every run; "explore" looks for new ones: HYPOTHESIS_PROFILE=explore.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True, database=None)
+hypothesis.settings.register_profile("explore", deadline=None, print_blob=True, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU; torch.cuda.is_available() is False")
+    for item in items:
+        if item.get_closest_marker("gpu"):  # not item.keywords, which holds parameters too
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty returns NaN (integers: the largest value), so an output left unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,275 @@
+// Runs cases of depthwise convolution through the CUDA kernels on the CPU and compares them with a plain loop
+// in float64. Each line of standard input is one case of key=value words; each answer is one line of JSON.
+//   pass=forward|backward_input|backward_weight dtype=f64|f32|tf32|f16|bf16 algorithm=auto|direct|toeplitz
+//   size=N,C,H,W multiplier=m kernel=kh,kw stride=sh,sw padding=ph,pw dilation=dh,dw
+//   layout=nchw|nhwc|slice|expand order=forward|reverse|random bias=0|1 sms=... shared=... seed=...
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <random>
+#include <sstream>
+
+#include "cuda/run.h"
+#include "cuda_shim.h"
+
+namespace lkconv::cuda {
+namespace {
+
+using Words = std::map<std::string, std::string>;
+
+std::vector<int64_t> numbers(const std::string& text) {
+  std::vector<int64_t> out;
+  std::stringstream s(text);
+  for (std::string part; std::getline(s, part, ',');) out.push_back(std::stoll(part));
+  return out;
+}
+
+struct Executor {
+  shim::Schedule schedule;
+  Machine description;
+  std::vector<std::unique_ptr<unsigned char[]>> memory;
+  std::string launched;
+
+  Machine machine() const { return description; }
+
+  // Exactly as many bytes as asked for, full of NaN.
+  void* workspace(int64_t bytes) {
+    memory.push_back(std::make_unique<unsigned char[]>(size_t(bytes)));
+    std::memset(memory.back().get(), 0xff, size_t(bytes));
+    return memory.back().get();
+  }
+
+  template <class P>
+  void launch(const char* name, Kernel<P> kernel, const LaunchShape& s, const P& params) {
+    if (!kernel) throw std::runtime_error(std::string("no kernel ") + name);
+    if (s.blocks > INT32_MAX || s.shared_bytes > description.shared_per_block)
+      throw std::runtime_error(std::string(name) + ": launch is too large");
+    launched += (launched.empty() ? "" : " ") + std::string(name);
+    shim::run_grid({unsigned(s.blocks), 1, 1}, {unsigned(s.threads), 1, 1}, size_t(s.shared_bytes), schedule,
+                   [&] { kernel(params); });
+  }
+};
+
+double load(const unsigned char* p, DType dtype) {
+  if (dtype == DType::f64) return *reinterpret_cast<const double*>(p);
+  if (dtype == DType::f32) return *reinterpret_cast<const float*>(p);
+  uint16_t h;
+  std::memcpy(&h, p, 2);
+  return dtype == DType::f16 ? cpu::half_to_float(h) : cpu::bfloat_to_float(h);
+}
+
+void store(unsigned char* p, DType dtype, double value) {
+  if (dtype == DType::f64) *reinterpret_cast<double*>(p) = value;
+  if (dtype == DType::f32) *reinterpret_cast<float*>(p) = float(value);
+  const uint16_t h =
+      dtype == DType::f16 ? cpu::float_to_half(float(value)) : cpu::float_to_bfloat(float(value));
+  if (dtype_size(dtype) == 2) std::memcpy(p, &h, 2);
+}
+
+// A 4-D tensor in a layout, its memory exactly as large as needed and full of NaN.
+struct Tensor {
+  int64_t n, c, h, w;
+  TensorView view{};
+  std::unique_ptr<unsigned char[]> memory;
+
+  Tensor(int64_t n_, int64_t c_, int64_t h_, int64_t w_, DType dtype, const std::string& layout)
+      : n(n_), c(c_), h(h_), w(w_) {
+    int64_t elements = n * c * h * w, offset = 0;
+    view.dtype = dtype;
+    if (layout == "nhwc") {
+      view.stride_n = c * h * w, view.stride_c = 1, view.stride_h = w * c, view.stride_w = c;
+    } else if (layout == "slice") {  // part of a wider tensor: odd offset, odd row pitch
+      const int64_t row = w + 3, plane = (h + 1) * row, image = (c + 2) * plane;
+      view.stride_n = image, view.stride_c = plane, view.stride_h = row, view.stride_w = 1;
+      offset = 1, elements = n ? (n - 1) * image + (c - 1) * plane + (h - 1) * row + w + offset : 0;
+    } else if (layout == "expand") {  // one plane for all images and channels
+      view.stride_n = view.stride_c = 0, view.stride_h = w, view.stride_w = 1;
+      elements = h * w;
+    } else {
+      view.stride_n = c * h * w, view.stride_c = h * w, view.stride_h = w, view.stride_w = 1;
+    }
+    const size_t bytes = size_t(elements * dtype_size(dtype));
+    memory = std::make_unique<unsigned char[]>(bytes);
+    std::memset(memory.get(), 0xff, bytes);
+    view.data = memory.get() + offset * dtype_size(dtype);
+  }
+
+  unsigned char* at(int64_t i, int64_t j, int64_t y, int64_t x) const {
+    return static_cast<unsigned char*>(view.data) +
+           (i * view.stride_n + j * view.stride_c + y * view.stride_h + x * view.stride_w) *
+               dtype_size(view.dtype);
+  }
+  double get(int64_t i, int64_t j, int64_t y, int64_t x) const { return load(at(i, j, y, x), view.dtype); }
+
+  template <class Visit>
+  void each(Visit visit) const {
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < c; ++j)
+        for (int64_t y = 0; y < h; ++y)
+          for (int64_t x = 0; x < w; ++x) visit(i, j, y, x);
+  }
+  void fill(std::mt19937_64& random) {
+    std::normal_distribution<double> normal;
+    each([&](int64_t i, int64_t j, int64_t y, int64_t x) {
+      store(at(i, j, y, x), view.dtype, normal(random));
+    });
+  }
+};
+
+ConvParams parse_params(Words& w) {
+  const auto size = numbers(w["size"]), k = numbers(w["kernel"]), s = numbers(w["stride"]);
+  const auto pad = numbers(w["padding"]), d = numbers(w["dilation"]);
+  ConvParams p{};
+  p.batch = size[0], p.channels = size[1], p.height = size[2], p.width = size[3];
+  p.multiplier = std::stoll(w["multiplier"]);
+  p.kernel_h = k[0], p.kernel_w = k[1], p.stride_h = s[0], p.stride_w = s[1];
+  p.pad_h = pad[0], p.pad_w = pad[1], p.dil_h = d[0], p.dil_w = d[1];
+  p.out_height = (p.height + 2 * p.pad_h - p.dil_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
+  p.out_width = (p.width + 2 * p.pad_w - p.dil_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
+  return p;
+}
+
+// visit(n, input channel, output channel, y, x, u, v, input y, input x) for every product of the convolution.
+template <class Visit>
+void each_product(const ConvParams& p, Visit visit) {
+  for (int64_t n = 0; n < p.batch; ++n)
+    for (int64_t c = 0; c < p.out_channels(); ++c)
+      for (int64_t y = 0; y < p.out_height; ++y)
+        for (int64_t u = 0; u < p.kernel_h; ++u) {
+          const int64_t iy = y * p.stride_h - p.pad_h + u * p.dil_h;
+          if (iy < 0 || iy >= p.height) continue;
+          for (int64_t x = 0; x < p.out_width; ++x)
+            for (int64_t v = 0; v < p.kernel_w; ++v) {
+              const int64_t ix = x * p.stride_w - p.pad_w + v * p.dil_w;
+              if (ix >= 0 && ix < p.width) visit(n, c / p.multiplier, c, y, x, u, v, iy, ix);
+            }
+        }
+}
+
+struct Difference {
+  double relative = 0;  // norm of the error over norm of the reference
+  double rounding = 0;  // the same of the reference rounded to the output's type
+  double worst = 0;     // largest error over the sum of absolute products at that place
+};
+
+Difference compare(const Tensor& out, const std::vector<double>& reference,
+                   const std::vector<double>& magnitude) {
+  double error2 = 0, norm2 = 0, rounding2 = 0;
+  alignas(8) unsigned char rounded[8];
+  Difference d;
+  size_t k = 0;
+  out.each([&](int64_t i, int64_t j, int64_t y, int64_t x) {
+    double error = std::abs(out.get(i, j, y, x) - reference[k]);
+    if (!(error <= 1e300)) error = 1e300;
+    store(rounded, out.view.dtype, reference[k]);
+    const double rounding = load(rounded, out.view.dtype) - reference[k];
+    error2 += error * error, norm2 += reference[k] * reference[k], rounding2 += rounding * rounding;
+    d.worst = std::min(1e300, std::max(d.worst, error / std::max(magnitude[k], 1e-30)));
+    ++k;
+  });
+  d.relative = std::min(1e300, std::sqrt(error2 / std::max(norm2, 1e-300)));
+  d.rounding = std::sqrt(rounding2 / std::max(norm2, 1e-300));
+  return d;
+}
+
+std::string run_case(Words& words) {
+  const ConvParams p = parse_params(words);
+  const std::string pass = words["pass"], dtype_name = words["dtype"], layout = words["layout"];
+  const DType dtype = dtype_name == "f64"    ? DType::f64
+                      : dtype_name == "f16"  ? DType::f16
+                      : dtype_name == "bf16" ? DType::bf16
+                                             : DType::f32;
+  std::mt19937_64 random(std::stoull(words["seed"]));
+  const bool forward = pass == "forward", to_input = pass == "backward_input";
+  // An output is never an expanded or sliced tensor: the op allocates it.
+  const std::string out_layout = layout == "nhwc" ? "nhwc" : "nchw";
+  Tensor x(p.batch, p.channels, p.height, p.width, dtype, to_input ? out_layout : layout);
+  Tensor w(p.out_channels(), 1, p.kernel_h, p.kernel_w, dtype, "nchw");
+  Tensor g(p.batch, p.out_channels(), p.out_height, p.out_width, dtype, forward ? out_layout : layout);
+  Tensor bias(1, p.out_channels(), 1, 1, dtype, "nchw");
+  if (!to_input) x.fill(random);
+  if (forward || to_input) w.fill(random);
+  if (!forward) g.fill(random);
+  bias.fill(random);
+  const bool with_bias = words["bias"] == "1" && forward;
+  const Tensor& out = forward ? g : to_input ? x : w;
+  std::vector<double> reference(size_t(out.n * out.c * out.h * out.w)), magnitude(reference.size());
+  const auto add = [&](size_t k, double product) {
+    reference[k] += product, magnitude[k] += std::abs(product);
+  };
+  each_product(p, [&](int64_t n, int64_t ci, int64_t co, int64_t y, int64_t xx, int64_t u, int64_t v,
+                      int64_t iy, int64_t ix) {
+    if (forward)
+      add(size_t(((n * g.c + co) * g.h + y) * g.w + xx), x.get(n, ci, iy, ix) * w.get(co, 0, u, v));
+    else if (to_input)
+      add(size_t(((n * x.c + ci) * x.h + iy) * x.w + ix), g.get(n, co, y, xx) * w.get(co, 0, u, v));
+    else
+      add(size_t((co * w.h + u) * w.w + v), g.get(n, co, y, xx) * x.get(n, ci, iy, ix));
+  });
+  if (with_bias)
+    for (size_t k = 0; k < reference.size(); ++k) add(k, bias.get(0, int64_t(k) / (g.h * g.w) % g.c, 0, 0));
+
+  Executor e;
+  const std::string order = words["order"], algorithm = words["algorithm"];
+  e.schedule.order = order == "reverse"  ? shim::Order::reverse
+                     : order == "random" ? shim::Order::random
+                                         : shim::Order::forward;
+  e.schedule.seed = std::stoull(words["seed"]);
+  e.description.sms = std::stoll(words["sms"]);
+  e.description.shared_per_block = std::stoll(words["shared"]);
+  Switches s;
+  s.tf32 = dtype_name == "tf32", s.direct = algorithm != "toeplitz", s.toeplitz = algorithm != "direct";
+  shim::counts() = {};
+  if (forward) {
+    ForwardProblem f = forward_problem(p);
+    f.input = x.view, f.weight = w.view, f.output = g.view;
+    if (with_bias) f.bias = bias.view;
+    run_forward(e, f, s);
+  } else if (to_input) {
+    for (const ForwardProblem& f : backward_input_phases(p, g.view, w.view, x.view)) run_forward(e, f, s);
+  } else {
+    WeightProblem problem = weight_problem(p);
+    problem.input = x.view, problem.grad_output = g.view, problem.grad_weight = w.view;
+    run_weight(e, problem, s);
+  }
+  const Difference d = compare(out, reference, magnitude);
+  const shim::Counts& c = shim::counts();
+  uint64_t hash = 1469598103934665603ull;
+  out.each([&](int64_t i, int64_t j, int64_t y, int64_t xx) {
+    for (int64_t b = 0; b < dtype_size(dtype); ++b) hash = (hash ^ out.at(i, j, y, xx)[b]) * 1099511628211ull;
+  });
+  char text[512];
+  std::snprintf(text, sizeof text,
+                "{\"ok\": true, \"relative\": %.3e, \"rounding\": %.3e, \"worst\": %.3e, \"launched\": "
+                "\"%s\", \"mma\": %llu, "
+                "\"copies\": %llu, \"blocks\": %llu, \"hash\": \"%016llx\"}",
+                d.relative, d.rounding, d.worst, e.launched.c_str(), (unsigned long long)c.mma,
+                (unsigned long long)c.async_copies, (unsigned long long)c.blocks, (unsigned long long)hash);
+  return text;
+}
+
+}  // namespace
+}  // namespace lkconv::cuda
+
+int main() {
+  for (std::string line; std::getline(std::cin, line);) {
+    std::map<std::string, std::string> words = {
+        {"multiplier", "1"}, {"stride", "1,1"},    {"padding", "0,0"},    {"dilation", "1,1"},
+        {"layout", "nchw"},  {"order", "forward"}, {"algorithm", "auto"}, {"bias", "0"},
+        {"sms", "4"},        {"shared", "232448"}, {"seed", "1"}};
+    std::stringstream s(line);
+    for (std::string word; s >> word;) {
+      const size_t eq = word.find('=');
+      words[word.substr(0, eq)] = word.substr(eq + 1);
+    }
+    try {
+      std::cout << lkconv::cuda::run_case(words) << std::endl;
+    } catch (const std::exception& error) {
+      std::cout << "{\"ok\": false, \"error\": \"" << error.what() << "\"}" << std::endl;
+      return 1;  // fibers of the failed launch still hold their stacks: do not go on
+    }
+  }
+}

@@ -1,0 +1,240 @@
+"""The choice of a backend, what ``explain`` and ``build_info`` say about it, and the fallback order."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import profile
+
+import lkconv
+from lkconv import backends
+
+X, W = torch.randn(2, 4, 20, 18), torch.randn(8, 1, 7, 5)
+NAMES = ("cpu", "cuda", "triton", "torch")
+
+
+def ops_run(function):
+    with profile() as recorded:
+        function()
+    return {e.name for e in recorded.events()}
+
+
+def call():
+    return lkconv.depthwise_conv2d(X, W, padding=(3, 2))
+
+
+def test_cpu_is_automatic():
+    assert lkconv.explain(X, W).backend == "cpu"
+    assert "lkconv::depthwise_conv2d" in ops_run(call)
+
+
+def test_use_backend_changes_what_runs_and_nests():
+    with lkconv.use_backend("torch"):
+        assert "aten::conv2d" in ops_run(call) and "lkconv::depthwise_conv2d" not in ops_run(call)
+        with lkconv.use_backend("cpu"):
+            assert lkconv.explain(X, W).backend == "cpu"
+        assert lkconv.explain(X, W).backend == "torch"
+        torch.testing.assert_close(call(), F.conv2d(X, W, None, 1, (3, 2), 1, 4))
+    assert lkconv.explain(X, W).backend == "cpu"
+
+
+def test_use_backend_ends_with_an_exception_and_serves_as_a_decorator():
+    with pytest.raises(KeyError), lkconv.use_backend("torch"):
+        raise KeyError
+    assert lkconv.explain(X, W).backend == "cpu"
+    assert lkconv.use_backend("torch")(lambda: lkconv.explain(X, W).backend)() == "torch"
+
+
+def test_use_backend_is_of_one_thread():
+    seen = []
+    with lkconv.use_backend("torch"):
+        thread = threading.Thread(target=lambda: seen.append(lkconv.explain(X, W).backend))
+        thread.start()
+        thread.join()
+    assert seen == ["cpu"]
+
+
+@pytest.mark.parametrize("name", ["gpu", "", None, 1])
+def test_unknown_backend(name):
+    with (
+        pytest.raises(ValueError, match="backend must be one of cpu, cuda, triton, torch; got"),
+        lkconv.use_backend(name),
+    ):
+        pass
+
+
+def test_a_request_that_cannot_be_met_falls_back_and_says_so(caplog):
+    backends._choices.clear()
+    with lkconv.use_backend("cuda"), caplog.at_level("WARNING", "lkconv"):
+        report = lkconv.explain(X, W)
+        torch.testing.assert_close(call(), F.conv2d(X, W, None, 1, (3, 2), 1, 4))
+    assert report.backend == "cpu"
+    assert dict(report.alternatives)["cuda"] == "asked for, but takes CUDA tensors, not cpu"
+    assert [r.getMessage() for r in caplog.records] == [
+        "backend cuda declines cpu tensors of torch.float32: takes CUDA tensors, not cpu"
+    ]
+
+
+def run_python(code, **env):
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, env={**os.environ, **env}
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_environment_variable():
+    code = "import torch, lkconv; x = torch.zeros(1, 1, 5, 5); print(lkconv.explain(x, x).backend)"
+    assert run_python(code, LKCONV_BACKEND="torch")[:2] == (0, "torch\n")
+    rc, _, error = run_python(code, LKCONV_BACKEND="tpu")
+    assert (
+        rc == 1 and "ValueError: LKCONV_BACKEND must be one of cpu, cuda, triton, torch; got 'tpu'" in error
+    )
+
+
+# --- the order, as a function of device and dtype ---------------------------------------------------------
+
+
+def choose(device, dtype=torch.float32, request=None):
+    return backends._decide(request, torch.device(device), dtype)
+
+
+def test_other_devices_and_dtypes_go_to_torch():
+    for device in ("meta", "mps"):
+        assert choose(device).name == "torch"
+    choice = choose("cpu", torch.complex64)
+    assert choice.name == "torch" and choice.ops is None
+    assert dict(choice.declined)["cpu"] == "takes float64, float32, float16 and bfloat16, not complex64"
+
+
+def test_every_other_backend_has_a_reason():
+    for device in ("cpu", "cuda", "meta"):
+        choice = choose(device)
+        assert sorted([choice.name, *(n for n, _ in choice.declined)]) == sorted(NAMES)
+        assert all(reason for _, reason in choice.declined)
+
+
+def test_cuda_without_its_module_declines_with_the_reason(monkeypatch):
+    monkeypatch.setattr(backends, "_cuda_module", (None, "it was left out"))
+    assert dict(choose("cuda").declined)["cuda"] == "it was left out"
+
+
+def test_cuda_comes_before_triton(monkeypatch):
+    monkeypatch.setattr(backends, "_cuda_module", (object(), ""))
+    choice = choose("cuda")
+    assert choice.name == "cuda" and choice.ops.forward is torch.ops.lkconv.depthwise_conv2d.default
+
+
+def test_broken_triton_module_declines(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lkconv.triton_kernels", None)  # what a failed import looks like
+    assert "lkconv.triton_kernels failed to load" in dict(choose("cuda").declined)["triton"]
+
+
+def test_triton_says_whether_it_is_available(monkeypatch):
+    class Module:
+        @staticmethod
+        def is_available(device):
+            return False, f"no Triton for {device.type}"
+
+    monkeypatch.setitem(sys.modules, "lkconv.triton_kernels", Module)
+    assert dict(choose("xpu").declined)["triton"] == "no Triton for xpu"
+
+
+def test_triton_interpreter_takes_cpu_tensors_but_not_bfloat16(monkeypatch):
+    class Module:
+        @staticmethod
+        def is_available(device):
+            return True, ""
+
+    declines = {b.name: b.declines for b in backends.BACKENDS}["triton"]
+    monkeypatch.setitem(sys.modules, "lkconv.triton_kernels", Module)
+    cpu = torch.device("cpu")
+    assert "TRITON_INTERPRET=1" in declines(cpu, torch.float32)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert declines(cpu, torch.float32) is None
+    assert declines(cpu, torch.bfloat16) == "Triton's interpreter does not do bfloat16"
+
+
+def test_namespace_matches_the_choice():
+    assert backends.namespace(torch.device("cpu"), torch.float32) == "lkconv"
+    assert backends.namespace(torch.device("meta"), torch.float32) is None
+
+
+# --- explain and build_info -------------------------------------------------------------------------------
+
+
+def test_explain_fields():
+    report = lkconv.explain(X, W, padding=(3, 2))
+    assert report.algorithm in ("direct", "fft", "toeplitz")
+    assert report.isa == lkconv._C.active_isa()
+    assert len(report.tile) == 2 and report.flops > 0 and report.scratch_bytes >= 0
+    assert set(report.passes) == {"forward", "backward_input", "backward_weight"}
+    names = [name for name, _ in report.alternatives]
+    assert {"cuda", "triton", "torch"} <= set(names) and any(n.startswith("cpu:") for n in names)
+    assert all(reason for _, reason in report.alternatives)
+
+
+def test_explain_report():
+    text = str(lkconv.explain(X, W, padding=(3, 2)))
+    lines = text.splitlines()
+    assert "input (2, 4, 20, 18) float32 on cpu" in lines[0]
+    assert lines[1] == "backend: cpu"
+    report = lkconv.explain(X, W, padding=(3, 2))
+    for name, reason in report.alternatives:
+        assert f"  not {name}: {reason}" in lines
+    for name in report.passes:
+        assert any(line.startswith(f"{name}: ") for line in lines)
+
+
+def test_explain_says_why_the_fft_is_off(monkeypatch):
+    big = dict(input=torch.zeros(1, 8, 64, 64), weight=torch.zeros(8, 1, 31, 31), padding=15)
+    assert lkconv.explain(**big).algorithm == "fft"
+    monkeypatch.setenv("LKCONV_FFT", "0")
+    report = lkconv.explain(**big)
+    assert report.algorithm != "fft" and "cpu:fft" in dict(report.alternatives)
+
+
+def test_explain_of_torch_unbatched_same_and_autocast():
+    with lkconv.use_backend("torch"):
+        report = lkconv.explain(X[0], W, padding="same")
+    assert report.backend == "torch" and "convolution" in report.algorithm
+    assert report.flops == 2 * 20 * 18 * 8 * 35
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "bfloat16" in str(lkconv.explain(X, W))
+    assert "(1, 4, 21, 18)" in str(lkconv.explain(X[0], torch.zeros(4, 1, 4, 5), padding="same"))
+
+
+def test_explain_of_opaque_tensors():
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    report = lkconv.explain(X.to_mkldnn(), W)
+    assert report.backend == "torch" and "strided" in dict(report.alternatives)["cpu"]
+
+
+def test_build_info():
+    info = lkconv.build_info()
+    assert info.version == lkconv.__version__ and torch.__version__ in info.torch
+    assert "baseline" in info.isas_compiled
+    text = str(info)
+    for isa in info.isas_compiled:
+        assert isa in text
+    assert info.isa_active in text and info.compiler in text and "GPU architectures" in text
+    assert info.cuda_module or info.cuda_reason in text
+
+
+def test_command_line_prints_build_info():
+    done = subprocess.run([sys.executable, "-m", "lkconv"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stdout.strip() == str(lkconv.build_info())
+
+
+@pytest.mark.gpu
+def test_gpu_has_a_backend_and_agrees():
+    x, w = X.cuda(), W.cuda()
+    assert lkconv.explain(x, w).backend in ("cuda", "triton")
+    torch.testing.assert_close(
+        lkconv.depthwise_conv2d(x, w).cpu(), F.conv2d(X, W, groups=4), rtol=1e-4, atol=1e-4
+    )

@@ -1,0 +1,158 @@
+"""The Group-Mix ops under PyTorch's tools: opcheck, compile, export, instruction sets."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import lkconv
+from group_mix_cases import aggregate_arguments, attention
+
+ops = torch.ops.lkconv
+
+
+def op_inputs(dtype=torch.float32):
+    module, size = attention(40, dtype), (3, 5)
+    a = aggregate_arguments(module.aggregator)
+    qkv = torch.randn(2, 15, 120, dtype=dtype)
+    dw, pw, nw, nb = (
+        [t.detach() for t in a[n]]
+        for n in ("depthwise_weights", "pointwise_weights", "norm_weights", "norm_biases")
+    )
+    lw, lb = a["layer_norm_weight"].detach(), a["layer_norm_bias"].detach()
+    premix, prelocal, _, mean, var = ops.group_mix_mix(qkv, *size, dw, pw, lw, lb, 1e-5)
+    mixed = ops.group_mix_normalize(qkv, premix, nw, nb, mean, var, 1e-5)
+    local = torch.randn(2, 15, 8, dtype=dtype)
+    sums = ops.group_mix_backward_reduce(mixed, qkv, premix, nw, nb, mean, var, 1e-5)
+    pos_w, pos_b = ([t.detach() for t in ts] for ts in module.crpe.parameter_lists())
+    out, log_sum, context = ops.group_mix_attention(mixed, local, *size, pos_w, pos_b, 0.4)
+    leaf = qkv.clone().requires_grad_()
+    return {
+        "group_mix_aggregate": (
+            leaf,
+            *size,
+            dw,
+            pw,
+            nw,
+            nb,
+            list(a["running_means"]),
+            list(a["running_vars"]),
+            lw,
+            lb,
+            1e-5,
+            1e-5,
+        ),
+        "group_mix_mix": (qkv, *size, dw, pw, lw, lb, 1e-5),
+        "group_mix_normalize": (qkv, premix, nw, nb, mean, var, 1e-5),
+        "group_mix_backward_reduce": (mixed, qkv, premix, nw, nb, mean, var, 1e-5),
+        "group_mix_backward": (
+            mixed,
+            local,
+            qkv,
+            premix,
+            prelocal,
+            *size,
+            dw,
+            pw,
+            nw,
+            nb,
+            mean,
+            var,
+            lw,
+            lb,
+            1e-5,
+            1e-5,
+            sums,
+            90.0,
+        ),
+        "group_mix_attention": (mixed.clone().requires_grad_(), local, *size, pos_w, pos_b, 0.4),
+        "group_mix_attention_backward": (out, mixed, log_sum, context, *size, pos_w, pos_b, 0.4),
+    }
+
+
+@pytest.mark.parametrize("name", list(op_inputs()))
+def test_opcheck(name):
+    torch.library.opcheck(getattr(ops, name).default, op_inputs()[name])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compile_in_one_graph(training):
+    module = attention(40, torch.float32, training=training)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 15, 40, requires_grad=True)
+    state = {n: t.clone() for n, t in module.state_dict().items()}
+    out = compiled(x, (3, 5))
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    after = {n: t.clone() for n, t in module.state_dict().items()}
+    module.load_state_dict(state)
+    expected = module(x, (3, 5))
+    (expected_grad,) = torch.autograd.grad(expected.sum(), x)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(grad, expected_grad)
+    for name, tensor in module.state_dict().items():
+        torch.testing.assert_close(after[name], tensor, msg=name)
+
+
+def test_compile_of_the_function():
+    """The aggregation alone: its outputs are views, also under a compiler."""
+    module = attention(40, torch.float32, training=True).aggregator
+    qkv = torch.randn(2, 15, 120, requires_grad=True)
+    results = []
+    for run in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        out = run(qkv, (3, 5))
+        loss = sum((i + 1) * (t**2).sum() for i, t in enumerate(out))
+        results.append((*out, *torch.autograd.grad(loss, [qkv, module.agg2.pointwise_conv.weight])))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_export():
+    module = attention(40, torch.float32)
+    x = torch.randn(2, 15, 40)
+    program = torch.export.export(module, (x, (3, 5)))
+    torch.testing.assert_close(program.module()(x, (3, 5)), module(x, (3, 5)))
+
+
+def test_parameters_of_another_dtype():
+    """bfloat16 tokens with float32 parameters, as under autocast: the arithmetic is float32 either way."""
+    module = attention(40, torch.float32).aggregator
+    qkv = torch.randn(1, 15, 120).bfloat16()
+    wide = module(qkv.float(), (3, 5))
+    for narrow, exact in zip(module(qkv, (3, 5)), wide, strict=True):
+        assert narrow.dtype == torch.bfloat16
+        torch.testing.assert_close(narrow, exact.bfloat16(), rtol=0.008, atol=1e-6)
+
+
+SCRIPT = """
+import torch
+from group_mix_cases import attention, unfused, relative
+from lkconv import _C
+torch.manual_seed(0)
+for dim, size in ((10, (4, 3)), (40, (9, 5)), (80, (6, 7)), (200, (5, 5)), (160, (7, 7))):
+    for dtype, limit in ((torch.float64, 1e-11), (torch.float32, 2e-4), (torch.float16, 0.05)):
+        module = attention(dim, dtype, training=True)
+        other = unfused(module)
+        x = torch.randn(2, size[0] * size[1], dim).to(dtype).requires_grad_()
+        y = x.detach().double().requires_grad_()
+        out, expected = module(x, size), other(y, size)
+        out.sum().backward(); expected.sum().backward()
+        assert relative(out, expected) < limit, (dim, dtype, relative(out, expected))
+        assert relative(x.grad, y.grad) < 4 * limit, (dim, dtype, relative(x.grad, y.grad))
+print(_C.active_isa())
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_lesser_instruction_sets(isa):
+    if isa not in lkconv._C.compiled_isas():
+        pytest.skip(f"this build has no {isa} kernels")
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    environment = {**os.environ, "LKCONV_MAX_CPU_ISA": isa, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == isa

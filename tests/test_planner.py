@@ -1,0 +1,208 @@
+"""The CPU planner is a pure function of sizes, dtype and machine: its properties, not its constants."""
+
+import itertools
+
+import pytest
+
+import lkconv._C
+
+ISAS = lkconv._C.compiled_isas()
+PASSES = ("forward", "backward_input", "backward_weight")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+SCRATCH_LIMIT = 16 << 20  # per thread: kMaxScratchBytes in csrc/cpu/planner.h
+
+
+def candidates(
+    pass_name="forward",
+    size=(8, 96, 56, 56),
+    kernel=(7, 7),
+    stride=(1, 1),
+    padding=None,
+    dilation=(1, 1),
+    multiplier=1,
+    dtype="float32",
+    isa=ISAS[-1],
+    threads=2,
+    fft=True,
+    aten=True,
+    channels_last=False,
+) -> list[dict]:
+    if padding is None:
+        padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
+    geometry = (size, size[1] * multiplier, kernel, stride, padding, dilation)
+    return lkconv._C.plan(pass_name, *geometry, dtype, isa, threads, fft, aten, channels_last)
+
+
+def of(algorithm: str, plans: list[dict]) -> dict:
+    return next(p for p in plans if p["algorithm"] == algorithm)
+
+
+SHAPES = [
+    {"size": (n, c, side, side), "kernel": (k, k)}
+    for n, c, side, k in itertools.product((1, 32), (3, 96, 1000), (7, 28, 112), (3, 7, 13, 31))
+] + [
+    {"size": (1, 64, 320, 200), "kernel": (31, 31)},
+    {"size": (1, 8, 2048, 2048), "kernel": (51, 5)},
+    {"size": (4, 40, 14, 14), "kernel": (1, 111)},
+    {"size": (2, 64, 56, 56), "kernel": (5, 5), "stride": (2, 1)},
+    {"size": (2, 64, 56, 56), "kernel": (7, 7), "dilation": (7, 7)},
+    {"size": (2, 64, 56, 56), "kernel": (7, 7), "multiplier": 3},
+    {"size": (0, 64, 56, 56), "kernel": (7, 7)},
+    {"size": (1, 1, 1, 1), "kernel": (1, 1)},
+]
+all_shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
+all_passes = pytest.mark.parametrize("pass_name", PASSES)
+
+
+@all_passes
+@all_shapes
+def test_every_candidate_is_well_formed(shape, pass_name):
+    for dtype, isa, threads in itertools.product(DTYPES, ISAS, (1, 2, 64)):
+        plans = candidates(pass_name, **shape, dtype=dtype, isa=isa, threads=threads)
+        assert len({p["algorithm"] for p in plans}) == len(plans)
+        possible = [p for p in plans if p["possible"]]
+        assert possible and plans[: len(possible)] == possible, "what cannot run comes last"
+        assert [p["cycles"] for p in possible] == sorted(p["cycles"] for p in possible)
+        for i, plan in enumerate(plans):
+            assert bool(plan["reason"]) == (i > 0), "all but the chosen one say why not"
+            if plan["possible"]:
+                assert plan["isa"] == isa or isa == "amx"
+                assert plan["lanes"] >= 1 and min(plan["tile"]) >= 1 and plan["splits"] >= 1
+                assert plan["cycles"] >= 0 and plan["flops"] >= 0
+                least = 0 if plan["algorithm"] == "aten" else 1  # PyTorch's own scratch is not known here
+                assert least <= plan["scratch_bytes"] <= SCRATCH_LIMIT
+
+
+@all_passes
+@all_shapes
+def test_plans_are_deterministic(shape, pass_name):
+    assert candidates(pass_name, **shape) == candidates(pass_name, **shape)
+
+
+@all_passes
+def test_direct_is_always_possible(pass_name):
+    for kernel, stride, dilation in itertools.product(
+        [(1, 1), (1, 300), (64, 64)], [(1, 1), (3, 2)], [(1, 1), (7, 5)]
+    ):
+        plans = candidates(pass_name, (1, 5, 40, 40), kernel, stride, dilation=dilation)
+        assert of("direct", plans)["possible"]
+
+
+@all_passes
+@all_shapes
+def test_float64_never_uses_the_fft(shape, pass_name):
+    fft = of("fft", candidates(pass_name, **shape, dtype="float64"))
+    assert not fft["possible"] and "float64" in fft["reason"]
+
+
+@all_passes
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_switch_turns_the_fft_off(pass_name, dtype):
+    shape = {"size": (8, 96, 56, 56), "kernel": (31, 31), "dtype": dtype}
+    fft = of("fft", candidates(pass_name, **shape, fft=False))
+    assert not fft["possible"]
+    if dtype != "float64":
+        assert fft["reason"] == "LKCONV_FFT=0"
+        assert candidates(pass_name, **shape)[0]["algorithm"] != "direct"
+
+
+def test_reasons_name_the_cause():
+    shape = {"size": (2, 8, 64, 64), "kernel": (31, 31)}
+    assert "stride" in of("fft", candidates(**shape, stride=(2, 1)))["reason"]
+    assert "taps" in of("fft", candidates(size=(2, 8, 64, 64), kernel=(1, 1)))["reason"]
+    long = candidates(size=(1, 8, 1, 9000), kernel=(1, 5001), padding=(0, 2500))
+    assert "transform" in of("fft", long)["reason"]
+    many = candidates("backward_input", (1, 2, 120, 120), (61, 61), multiplier=300)
+    assert "memory" in of("fft", many)["reason"]
+
+
+@all_passes
+def test_large_kernels_leave_direct_summation_and_never_return(pass_name):
+    """On a 56x56 map there is one kernel size from which on something faster is chosen."""
+    chosen = [candidates(pass_name, kernel=(k, k), aten=False)[0]["algorithm"] for k in range(1, 52, 2)]
+    assert chosen[0] == chosen[1] == "direct" and chosen[-1] != "direct"
+    changes = sum((a == "direct") != (b == "direct") for a, b in itertools.pairwise(chosen))
+    assert changes == 1, chosen
+
+
+@pytest.mark.parametrize("pass_name", ["forward", "backward_input"])
+def test_small_kernels_are_summed_directly(pass_name):
+    for k, side in itertools.product((1, 2, 3), (7, 14, 56, 200)):
+        assert candidates(pass_name, (8, 96, side, side), (k, k), aten=False)[0]["algorithm"] == "direct"
+
+
+def test_pytorch_takes_small_kernels_on_large_maps_only():
+    def chosen(kernel, side=56, pass_name="forward", **options):
+        return candidates(pass_name, (8, 96, side, side), kernel, channels_last=True, **options)[0][
+            "algorithm"
+        ]
+
+    assert chosen((3, 3)) == chosen((1, 11)) == "aten"
+    assert chosen((3, 3), side=4) == "direct", "its call overhead outweighs a small map"
+    assert chosen((3, 3), aten=False) == "direct"
+    assert chosen((31, 31)) != "aten" and chosen((3, 3), pass_name="backward_weight") != "aten"
+    assert chosen((3, 3), pass_name="backward_input") == "direct"
+    assert chosen((3, 3), dtype="float64") == chosen((3, 3), isa="baseline") == "direct"
+    declined = of("aten", candidates(kernel=(31, 31)))
+    assert not declined["possible"] and "small kernels" in declined["reason"]
+    assert of("aten", candidates(aten=False))["reason"] == "LKCONV_ATEN=0"
+
+
+def test_pytorch_takes_strided_input_gradients_of_contiguous_maps():
+    shape = {"size": (8, 128, 56, 56), "kernel": (3, 3), "stride": (2, 2)}
+    assert candidates("backward_input", **shape)[0]["algorithm"] == "aten"
+    assert candidates("backward_input", **shape, aten=False)[0]["algorithm"] == "direct"
+
+
+@all_passes
+@pytest.mark.parametrize("algorithm", ["direct", "fft"])
+def test_cost_grows_linearly_with_batch_and_channels(pass_name, algorithm):
+    def cycles(n, c):
+        return of(algorithm, candidates(pass_name, (n, c, 40, 40), (15, 15), threads=1))["cycles"]
+
+    lanes = of(algorithm, candidates(pass_name))["lanes"]
+    assert cycles(8, 4 * lanes) == pytest.approx(2 * cycles(8, 2 * lanes), rel=1e-9)
+    assert cycles(8, 4 * lanes + 1) == pytest.approx(
+        cycles(8, 5 * lanes), rel=1e-9
+    )  # whole vectors are paid for
+    first, second = cycles(8, lanes) - cycles(4, lanes), cycles(16, lanes) - cycles(8, lanes)
+    assert second == pytest.approx(2 * first, rel=1e-9)  # affine: the kernel is prepared once
+
+
+@all_passes
+def test_more_work_never_costs_less(pass_name):
+    for algorithm in ("direct", "fft"):
+        for name, grow in (
+            ("kernel", [{"kernel": (k, k)} for k in range(3, 40, 2)]),
+            ("image", [{"size": (2, 32, s, s), "kernel": (9, 9)} for s in range(8, 120, 4)]),
+        ):
+            if algorithm == "fft" and name == "kernel":
+                continue  # a longer kernel may meet a better transform length
+            costs = [of(algorithm, candidates(pass_name, **g))["cycles"] for g in grow]
+            slack = 1.0 if algorithm == "direct" else 1.25  # so may a larger image
+            assert all(b * slack >= a for a, b in itertools.pairwise(costs)), (algorithm, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lanes_fill_the_vectors_of_the_instruction_set(dtype):
+    for isa, width in (("baseline", 16), ("avx2", 32), ("avx512", 64)):
+        if isa in ISAS:
+            element = 8 if dtype == "float64" else 4
+            assert of("direct", candidates(dtype=dtype, isa=isa))["lanes"] == width // element
+
+
+def test_only_weight_gradients_split_the_batch():
+    for pass_name in PASSES:
+        for threads in (1, 2, 16):
+            plan = candidates(pass_name, (64, 3, 32, 32), (5, 5), threads=threads)[0]
+            assert 1 <= plan["splits"] <= 64
+            if pass_name != "backward_weight":
+                assert plan["splits"] == 1
+    assert candidates("backward_weight", (64, 3, 32, 32), (5, 5), threads=16)[0]["splits"] > 1
+    assert candidates("backward_weight", (1, 3, 32, 32), (5, 5), threads=16)[0]["splits"] == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("pass_name", "sideways"), ("dtype", "int8"), ("isa", "mmx")])
+def test_unknown_names_are_errors(name, value):
+    with pytest.raises(ValueError, match=value):
+        candidates(**{name: value})

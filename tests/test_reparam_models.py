@@ -1,0 +1,329 @@
+"""Whole models: merging, other libraries' conversions, compilers, processes."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from lkconv import reparam
+from reparam_cases import CASES, flag_of, random_input, randomise, relative_error
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+BY_NAME = {case.name: case for case in CASES}
+
+
+class Network(nn.Module):
+    """Several families in one model, with layers between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6))
+        self.body = nn.Sequential(
+            reparam.ReparamLargeKernelConv(6, 6, 9, 1, 6, 5),
+            nn.ReLU(),
+            reparam.DilatedReparamBlock(6, 7),
+            reparam.RepVGGBlock(6, 6, 3, padding=1),
+            reparam.RepMixer(6),
+            reparam.RefConv(6, 6, 5, groups=6),
+            nn.BatchNorm2d(6),
+        )
+
+    def forward(self, x):
+        return self.body(self.stem(x))
+
+
+class GRN(nn.Module):
+    """Global response normalisation over (N, H, W, C), with the official attribute names."""
+
+    def __init__(self, dim, use_bias=True):
+        super().__init__()
+        self.use_bias = use_bias
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
+
+    def forward(self, x):
+        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+        y = (self.gamma * norm / (norm.mean(-1, keepdim=True) + 1e-6) + 1) * x
+        return y + self.beta if self.use_bias else y
+
+
+class Permute(nn.Module):
+    def __init__(self, *order):
+        super().__init__()
+        self.order = order
+
+    def forward(self, x):
+        return x.permute(self.order)
+
+
+class UniRepLKNetBlock(nn.Module):
+    """The official block's structure and names, without squeeze-and-excitation and drop path."""
+
+    def __init__(self, dim, dwconv, scaled=True):
+        super().__init__()
+        self.dwconv = dwconv
+        self.norm = nn.BatchNorm2d(dim)
+        self.pwconv1 = nn.Sequential(Permute(0, 2, 3, 1), nn.Linear(dim, 4 * dim))
+        self.act = nn.Sequential(nn.GELU(), GRN(4 * dim))
+        self.pwconv2 = nn.Sequential(
+            nn.Linear(4 * dim, dim, bias=False), Permute(0, 3, 1, 2), nn.BatchNorm2d(dim)
+        )
+        self.gamma = nn.Parameter(torch.ones(dim)) if scaled else None
+
+    def forward(self, x):
+        y = self.pwconv2(self.act(self.pwconv1(self.norm(self.dwconv(x)))))
+        return x + (y if self.gamma is None else self.gamma.view(1, -1, 1, 1) * y)
+
+
+def network():
+    torch.manual_seed(0)
+    return randomise(Network()).double().eval()
+
+
+def image(dtype=torch.float64):
+    return torch.randn(2, 3, 12, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
+        dtype
+    )
+
+
+def test_merge_copies_and_merges_everything():
+    model, x = network(), image()
+    expected = model(x)
+    names = set(model.state_dict())
+    merged = reparam.merge(model)
+    assert set(model.state_dict()) == names and torch.equal(model(x), expected)
+    assert relative_error(merged(x), expected) <= 1e-10
+    blocks = [m for m in merged.modules() if isinstance(m, reparam.ReparamBlock)]
+    assert len(blocks) == 5 and all(b.is_merged for b in blocks)
+    assert isinstance(merged.body[6], nn.Identity)  # the norm behind RefConv moved into it
+    assert relative_error(reparam.merge(merged)(x), expected) <= 1e-10
+    assert reparam.merge(model, inplace=True) is model
+    assert relative_error(model(x), expected) <= 1e-10
+
+
+def test_merge_warns_in_training_mode_only():
+    with pytest.warns(UserWarning, match="training mode"):
+        reparam.merge(network().train())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reparam.merge(network())
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("kernel", [13, 7, 3])
+def test_whole_unireplknet_block(kernel, scaled):
+    torch.manual_seed(0)
+    dwconv = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)
+    if kernel > 3:
+        dwconv = reparam.DilatedReparamBlock(6, kernel)
+    block = randomise(UniRepLKNetBlock(6, dwconv, scaled)).double().eval()
+    x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    expected = block(x)
+    for merged in (
+        reparam.merge(nn.Sequential(block))[0],
+        reparam.fold_unireplknet_block(copy.deepcopy(block)),
+    ):
+        assert relative_error(merged(x), expected) <= 1e-10
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in merged.modules())
+        names = set(merged.state_dict())
+        assert "pwconv2.0.bias" in names and "gamma" not in names and "act.1.beta" not in names
+        assert relative_error(reparam.fold_unireplknet_block(merged)(x), expected) <= 1e-10
+    with pytest.raises(ValueError, match="not a UniRepLKNet block"):
+        reparam.fold_unireplknet_block(nn.Sequential())
+
+
+def test_timm_reparameterize_model():
+    timm = pytest.importorskip("timm")
+    model, x = network(), image()
+    merged = timm.utils.reparameterize_model(model)
+    assert all(m.is_merged for m in merged.modules() if isinstance(m, reparam.ReparamBlock))
+    assert relative_error(merged(x), model(x)) <= 1e-10
+    holder = nn.Sequential(randomise(reparam.RepVGGDW(6)).double().eval())
+    x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    fused = timm.utils.reparameterize_model(holder)
+    assert type(fused[0]).__name__ == "DepthwiseConv2d"
+    assert relative_error(fused(x), holder(x)) <= 1e-10
+
+
+def test_checkpoints_of_timm_load():
+    """Names and values agree with the library that FastViT's users have."""
+    fastvit = pytest.importorskip("timm.models.fastvit")
+    torch.manual_seed(0)
+    rows = [
+        (fastvit.RepMixer(6, 3, 0.5), reparam.RepMixer(6, 3)),
+        (fastvit.MobileOneBlock(6, 6, 3, group_size=1), reparam.FastViTMobileOneBlock(6, 6, 3, group_size=1)),
+        (fastvit.MobileOneBlock(6, 8, 3, 2, use_se=True),
+         reparam.FastViTMobileOneBlock(6, 8, 3, 2, use_se=True)),
+        (fastvit.RepConditionalPosEnc(6), reparam.RepConditionalPosEnc(6)),
+        (fastvit.ReparamLargeKernelConv(6, 12, 7, 2, 1, 3),
+         reparam.FastViTReparamLargeKernelConv(6, 12, 7, 2, 1, 3)),
+    ]  # fmt: skip
+    x = torch.randn(2, 6, 9, 8)
+    for theirs, ours in rows:
+        randomise(theirs).eval()
+        ours.load_state_dict(theirs.state_dict())
+        expected = theirs(x)
+        assert relative_error(ours.eval()(x), expected) <= 1e-5
+        ours.reparameterize()
+        assert relative_error(ours(x), expected) <= 1e-5
+
+
+def test_slak_accepts_the_other_official_names():
+    case = BY_NAME["slak"]
+    block = randomise(case.make()).double().eval()
+    renamed = {
+        k.replace("LoRA1.", "Decom1.").replace("LoRA2.", "Decom2."): v for k, v in block.state_dict().items()
+    }
+    x = random_input(case)
+    for flags in ({}, flag_of(block)):
+        other = case.make(**flags).double().eval()
+        other.load_state_dict(renamed)
+        assert relative_error(other(x), block(x)) <= 1e-10
+    dense, bias = block.get_equivalent_kernel_bias()
+    expected = nn.functional.conv2d(x, dense, bias, padding=10, groups=5)
+    assert relative_error(block(x), expected) <= 1e-10
+    block.reparameterize()
+    assert sum(p.numel() for p in block.parameters()) == 5 * (2 * 21 * 5 + 2)
+    assert torch.allclose(block.get_equivalent_kernel_bias()[0], dense, rtol=1e-12, atol=1e-12)
+
+
+def test_pruned_rows_disappear():
+    block = randomise(reparam.ResRepBlock(6, 8, 3, padding=1, prune_threshold=1e-3)).double().eval()
+    with torch.no_grad():
+        block.compactor.pwc.weight[[1, 5]] = 0
+    x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    expected, keep = block(x), block.surviving_channels()
+    block.reparameterize()
+    assert keep.tolist() == [0, 2, 3, 4, 6, 7] and block.reparam_conv.out_channels == 6
+    assert relative_error(block(x), expected[:, keep]) <= 1e-10
+
+
+@every_case
+def test_convert_sync_batchnorm(case):
+    block = randomise(case.make()).double()
+    x = random_input(case)
+    expected = block.eval()(x)
+    names = set(block.state_dict())
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(block)
+    assert not any(type(m) is nn.BatchNorm2d for m in converted.modules())
+    assert set(converted.state_dict()) == names
+    assert relative_error(converted.eval()(x), expected) <= 1e-12
+    converted.reparameterize()
+    assert relative_error(converted(x), expected) <= 1e-10
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    "name", ["replknet", "unireplknet-7", "mobileone", "repmixer", "orepa", "csla", "slak"]
+)
+def test_compiles_without_graph_breaks(name, training):
+    torch._dynamo.reset()
+    case = BY_NAME[name]
+    block = randomise(case.make()).double().train(training)
+    twin = copy.deepcopy(block)
+    x, y = random_input(case).requires_grad_(), random_input(case).requires_grad_()
+    expected = block(x)
+    got = torch.compile(twin, fullgraph=True, backend="aot_eager")(y)
+    assert relative_error(got, expected) <= 1e-12
+    (got**2).sum().backward(), (expected**2).sum().backward()
+    assert relative_error(y.grad, x.grad) <= 1e-10
+    for (label, a), b in zip(twin.named_buffers(), block.buffers(), strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-12), label
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("name", ["replknet", "unireplknet-13", "repvgg", "repmixer", "repcpe"])
+def test_exports_to_one_convolution(name, merged):
+    case = BY_NAME[name]
+    block = randomise(case.make()).eval()
+    if merged:
+        block.reparameterize()
+    x = random_input(case, torch.float32)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(block, (x,), dynamic_shapes=({0: batch},))
+    bigger = torch.cat([x, x + 1])
+    assert relative_error(program.module()(bigger), block(bigger)) <= 1e-6
+    calls = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    convolutions = [c for c in calls if "conv2d" in c]
+    assert len(convolutions) == 1, calls
+
+
+def _two_batches():
+    case = BY_NAME["unireplknet-7"]
+    return torch.cat([random_input(case), random_input(case, seed=5)])
+
+
+def _block():
+    return randomise(BY_NAME["unireplknet-7"].make()).double().train()
+
+
+def _worker(rank, file, results):
+    """One process of two, half the batch each: synchronised statistics, then DistributedDataParallel."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    x, found = _two_batches().chunk(2)[rank], {}
+    for path in ("fused", "fused-recompute"):
+        block = nn.SyncBatchNorm.convert_sync_batchnorm(_block())
+        with reparam.use_training_path(path):
+            (block(x) ** 2).mean().backward()
+        for parameter in block.parameters():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= 2
+        found[path] = ({n: p.grad for n, p in block.named_parameters()}, dict(block.named_buffers()))
+    block = _block()
+    parallel = nn.parallel.DistributedDataParallel(block)
+    (parallel(x) ** 2).mean().backward()
+    found["parallel"] = {n: p.grad for n, p in block.named_parameters()}
+    if rank == 0:
+        torch.save(found, results)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes(tmp_path):
+    results = tmp_path / "results.pt"
+    mp.spawn(_worker, (str(tmp_path / "store"), str(results)), nprocs=2)
+    found, x = torch.load(results), _two_batches()
+    block = _block()
+    with reparam.use_training_path("branches"):
+        (block(x) ** 2).mean().backward()
+    for path in ("fused", "fused-recompute"):  # together they are one process with the whole batch
+        gradients, buffers = found[path]
+        for name, parameter in block.named_parameters():
+            assert torch.allclose(gradients[name], parameter.grad, rtol=1e-9, atol=1e-11), name
+        for name, buffer in block.named_buffers():
+            assert torch.allclose(buffers[name].double(), buffer.double(), rtol=1e-10), name
+    halves = [_block() for _ in range(2)]  # without synchronisation each half has its own statistics
+    for half, part in zip(halves, x.chunk(2), strict=True):
+        (half(part) ** 2).mean().backward()
+    for (name, a), b in zip(halves[0].named_parameters(), halves[1].parameters(), strict=True):
+        assert torch.allclose(found["parallel"][name], (a.grad + b.grad) / 2, rtol=1e-9, atol=1e-12), name
+
+
+def test_constructors_refuse_what_cannot_merge():
+    rows = [
+        (lambda: reparam.DilatedReparamBlock(4, 19), "kernel_size must be one of"),
+        (lambda: reparam.DilatedReparamBlock(4, 7, branches=[(3, 4)]), r"kernel 3, dilation 4"),
+        (lambda: reparam.ReparamLargeKernelConv(4, 4, 5, 1, 4, 7), "small_kernel"),
+        (lambda: reparam.ReparamLargeKernelConv(4, 4, 5, 1, 4, 4), "parity"),
+        (lambda: reparam.ReparamLargeKernelConv(4, 6, 5, 1, 4, 3), "groups 4"),
+        (lambda: reparam.RepVGGBlock(4, 4, 5, padding=2), "kernel_size must be 3"),
+        (lambda: reparam.RepVGGBlock(4, 4, 3, padding=0), "padding must equal"),
+        (lambda: reparam.RepVGGBlock(4, 4, 3, padding=1, padding_mode="reflect"), "padding_mode"),
+        (lambda: reparam.ACBlock(4, 4, 3, padding=1, padding_mode="circular"), "padding_mode"),
+        (lambda: reparam.DiverseBranchBlock(4, 4, 3, padding=1, dilation=2), "dilation must be 1"),
+        (lambda: reparam.DiverseBranchBlock(4, 4, 3), "padding must be"),
+        (lambda: reparam.MobileOneBlock(4, 4, 3), "padding must be"),
+        (lambda: reparam.RepConditionalPosEnc(4, 8), "dim_out"),
+        (lambda: reparam.RepMLPBlock(4, 8, 2, 2), "must equal out_channels"),
+        (lambda: reparam.RefConv(4, 4, 3, map_k=5), "map_k"),
+        (lambda: reparam.SLaKReparamLargeKernelConv(4, 4, 21, 1, 4, 5, Decom=False), "Decom"),
+        (lambda: reparam.FastViTMobileOneBlock(4, 8, 1, num_conv_branches=0), "without any branch"),
+    ]
+    for make, words in rows:
+        with pytest.raises(ValueError, match=words):
+            make()
