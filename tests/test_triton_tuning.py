@@ -23,7 +23,8 @@ KEY = keys.problem_key("conv", [1, 2, 3], "some device")
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def cache(tmp_path, monkeypatch, poisoned_memory):
+    torch.use_deterministic_algorithms(False)  # which poisoned_memory needs, and which forbids tuning
     monkeypatch.setenv("LKCONV_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("LKCONV_TRITON_AUTOTUNE", raising=False)
     return tmp_path / "triton"

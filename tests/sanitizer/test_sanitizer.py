@@ -26,7 +26,8 @@ FLAGS = [
     f"-I{CSRC}",
 ]
 ENVIRONMENT = {
-    "ASAN_OPTIONS": "detect_stack_use_after_return=1:allocator_may_return_null=0",
+    # No detect_stack_use_after_return: before GCC 13.3 its frames are misaligned for 64-byte vectors.
+    "ASAN_OPTIONS": "detect_stack_use_after_return=0:allocator_may_return_null=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
 PROCESSES = 2
