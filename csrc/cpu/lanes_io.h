@@ -70,8 +70,10 @@ LKCONV_INLINE void load_block(Vec<T>* r, const Lanes<T>& in, int64_t offset, int
     for (int l = 0; l < L; ++l) r[l] = load_as(reinterpret_cast<const S*>(in.base[l]) + offset, T());
   } else {
     for (int l = 0; l < L; ++l) {
+      r[l] = Vec<T>{};
+      if (l >= in.count) continue;
       const S* p = reinterpret_cast<const S*>(in.base[l]) + offset;
-      r[l] = l >= in.count ? Vec<T>{} : n == L ? load_as(p, T()) : load_part(p, n, T());
+      r[l] = n == L ? load_as(p, T()) : load_part(p, n, T());
     }
   }
   transpose<T>(r);
