@@ -40,6 +40,25 @@ Isa parse_isa(const std::string& name) {
       {{"baseline", Isa::baseline}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}, {"amx", Isa::amx}});
 }
 
+cpu::Algorithm parse_algorithm(const std::string& name) {
+  using cpu::Algorithm;
+  return parse<Algorithm>(name, "algorithm",
+                          {{"direct", Algorithm::direct},
+                           {"fft", Algorithm::fft},
+                           {"toeplitz", Algorithm::toeplitz},
+                           {"aten", Algorithm::aten}});
+}
+
+// The planner's switches as the environment set them, by the names of plan's arguments.
+py::dict switches() {
+  const cpu::Switches& s = cpu::switches_from_environment();
+  py::dict d;
+  d["fft"] = s.fft;
+  d["aten"] = s.aten;
+  d["only"] = s.only ? cpu::algorithm_name(*s.only) : "";
+  return d;
+}
+
 py::dict to_dict(const Candidate& c) {
   const cpu::Plan& p = c.plan;
   py::dict d;
@@ -62,7 +81,7 @@ std::vector<py::dict> plan(const std::string& pass_name, std::array<int64_t, 4> 
                            std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride,
                            std::array<int64_t, 2> padding, std::array<int64_t, 2> dilation,
                            const std::string& dtype_name, const std::string& isa, int64_t threads, bool fft,
-                           bool aten, bool channels_last) {
+                           bool aten, const std::string& only, bool channels_last, bool dense) {
   const Pass pass = parse<Pass>(pass_name, "pass",
                                 {{"forward", Pass::forward},
                                  {"backward_input", Pass::backward_input},
@@ -86,9 +105,12 @@ std::vector<py::dict> plan(const std::string& pass_name, std::array<int64_t, 4> 
     reduce = phases.at(0).reduce;
   }
   g.adjacent = channels_last && p.multiplier == 1;
+  g.dense = dense;
+  cpu::Switches switches{.fft = fft, .aten = aten};
+  if (!only.empty()) switches.only = parse_algorithm(only);
   std::vector<py::dict> out;
-  for (const Candidate& c : cpu::plan_depthwise_conv2d(
-           pass, g, reduce, dtype, cpu::machine_for(parse_isa(isa), threads), {.fft = fft, .aten = aten}))
+  for (const Candidate& c : cpu::plan_depthwise_conv2d(pass, g, reduce, dtype,
+                                                       cpu::machine_for(parse_isa(isa), threads), switches))
     out.push_back(to_dict(c));
   return out;
 }
@@ -112,9 +134,11 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   m.def("compiler", [] { return std::string(__VERSION__); });
+  m.def("switches", &lkconv::switches,
+        "The planner's switches that LKCONV_FFT, LKCONV_ATEN and LKCONV_ALGORITHM set: arguments of plan.");
   m.def("plan", &lkconv::plan, py::arg("pass_name"), py::arg("size"), py::arg("out_channels"),
         py::arg("kernel_size"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("dtype"),
         py::arg("isa"), py::arg("threads"), py::arg("fft") = true, py::arg("aten") = true,
-        py::arg("channels_last") = false,
+        py::arg("only") = "", py::arg("channels_last") = false, py::arg("dense") = true,
         "Candidates of the CPU planner for one convolution, the chosen one first.");
 }

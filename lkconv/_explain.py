@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,14 +118,22 @@ def explain(
         f"stride {stride}, padding {padding}, dilation {dilation}"
     )
     channels_last = input.dim() == 4 and input.stride(1) == 1 and weight.shape[0] == input.shape[1]
-    passes = {p: _plan(name, p, problem, dtype_name, input.device, channels_last) for p in PASSES}
+    layout = _Layout(channels_last, dense=not channels_last or input.stride(3) == input.shape[1])
+    passes = {p: _plan(name, p, problem, dtype_name, input.device, layout) for p in PASSES}
     return Explanation(call, name, passes, declined)
 
 
+class _Layout(NamedTuple):
+    """What planners know of the tensors' memory; ``dense``: pixels are no slices of wider ones."""
+
+    channels_last: bool
+    dense: bool
+
+
 def _plan(
-    backend: str, pass_name: str, problem: Any, dtype: str, device: torch.device, channels_last: bool
+    backend: str, pass_name: str, problem: Any, dtype: str, device: torch.device, layout: _Layout
 ) -> PassPlan:
-    candidates = _candidates(backend, pass_name, problem, dtype, device, channels_last)
+    candidates = _candidates(backend, pass_name, problem, dtype, device, layout)
     if candidates is None:
         algorithm = "aten convolution" if backend == "torch" else backend
         return PassPlan(algorithm, None, None, _direct_flops(*problem), 0, ())
@@ -142,7 +149,7 @@ def _plan(
 
 
 def _candidates(
-    backend: str, pass_name: str, problem: Any, dtype: str, device: torch.device, channels_last: bool
+    backend: str, pass_name: str, problem: Any, dtype: str, device: torch.device, layout: _Layout
 ) -> list[dict[str, Any]] | None:
     """The backend's planner's answer, the chosen one first; None where the backend has no planner."""
     if backend == "cpu":
@@ -158,9 +165,8 @@ def _candidates(
             dtype,
             _C.active_isa(),
             torch.get_num_threads(),
-            fft=os.environ.get("LKCONV_FFT", "1") != "0",
-            aten=os.environ.get("LKCONV_ATEN", "1") != "0",
-            channels_last=channels_last,
+            **_C.switches(),
+            **layout._asdict(),
         )
     if backend == "torch":
         return None
@@ -169,9 +175,9 @@ def _candidates(
         cudnn: Any = torch.backends.cudnn
         tf32 = cudnn.conv.fp32_precision == "tf32"
         with torch.cuda.device(device):
-            return module.plan(pass_name, *problem, dtype, channels_last, tf32, **module.machine())
+            return module.plan(pass_name, *problem, dtype, layout.channels_last, tf32, **module.machine())
     planner = importlib.import_module("lkconv.triton_kernels").plan
-    return planner(pass_name, *problem, dtype, device.index or 0, channels_last)
+    return planner(pass_name, *problem, dtype, device.index or 0, layout.channels_last)
 
 
 def _direct_flops(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.profiler import profile
 
 import lkconv
+import processes
 from lkconv import backends
 
 X, W = torch.randn(2, 4, 20, 18), torch.randn(8, 1, 7, 5)
@@ -189,12 +190,28 @@ def test_explain_report():
         assert any(line.startswith(f"{name}: ") for line in lines)
 
 
-def test_explain_says_why_the_fft_is_off(monkeypatch):
-    big = dict(input=torch.zeros(1, 8, 64, 64), weight=torch.zeros(8, 1, 31, 31), padding=15)
-    assert lkconv.explain(**big).algorithm == "fft"
-    monkeypatch.setenv("LKCONV_FFT", "0")
-    report = lkconv.explain(**big)
-    assert report.algorithm != "fft" and "cpu:fft" in dict(report.alternatives)
+@pytest.mark.parametrize(
+    "switch, algorithm",
+    [({}, "fft"), ({"LKCONV_FFT": "0"}, "not fft"), ({"LKCONV_ALGORITHM": "direct"}, "direct")],
+)
+def test_explain_names_the_switch_that_turned_the_fft_off(switch, algorithm):
+    code = """
+import torch, lkconv
+report = lkconv.explain(torch.zeros(1, 8, 64, 64), torch.zeros(8, 1, 31, 31), padding=15)
+print(report.algorithm, dict(report.alternatives).get("cpu:fft"), sep="|")
+"""
+    done = processes.run([sys.executable, "-c", code], env=switch)
+    assert done.returncode == 0, done.stderr
+    chosen, reason = done.stdout.strip().split("|")
+    assert chosen == algorithm or (algorithm == "not fft" and chosen != "fft")
+    if switch:
+        assert reason == "=".join(*switch.items())
+
+
+def test_an_unknown_algorithm_is_an_error():
+    code = "import torch, lkconv; lkconv.depthwise_conv2d(torch.zeros(1, 8, 6, 6), torch.zeros(8, 1, 3, 3))"
+    done = processes.run([sys.executable, "-c", code], env={"LKCONV_ALGORITHM": "quick"})
+    assert done.returncode == 1 and "direct, fft, toeplitz or aten; got 'quick'" in done.stderr
 
 
 def test_explain_of_torch_unbatched_same_and_autocast():

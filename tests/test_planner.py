@@ -25,12 +25,14 @@ def candidates(
     threads=2,
     fft=True,
     aten=True,
+    only="",
     channels_last=False,
+    dense=True,
 ) -> list[dict]:
     if padding is None:
         padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
     geometry = (size, size[1] * multiplier, kernel, stride, padding, dilation)
-    return lkconv._C.plan(pass_name, *geometry, dtype, isa, threads, fft, aten, channels_last)
+    return lkconv._C.plan(pass_name, *geometry, dtype, isa, threads, fft, aten, only, channels_last, dense)
 
 
 def of(algorithm: str, plans: list[dict]) -> dict:
@@ -143,15 +145,39 @@ def test_pytorch_takes_small_kernels_on_large_maps_only():
     assert chosen((31, 31)) != "aten" and chosen((3, 3), pass_name="backward_weight") != "aten"
     assert chosen((3, 3), pass_name="backward_input") == "direct"
     assert chosen((3, 3), dtype="float64") == chosen((3, 3), isa="baseline") == "direct"
-    declined = of("aten", candidates(kernel=(31, 31)))
+    declined = of("aten", candidates(kernel=(31, 31), channels_last=True))
     assert not declined["possible"] and "small kernels" in declined["reason"]
     assert of("aten", candidates(aten=False))["reason"] == "LKCONV_ATEN=0"
 
 
-def test_pytorch_takes_strided_input_gradients_of_contiguous_maps():
-    shape = {"size": (8, 128, 56, 56), "kernel": (3, 3), "stride": (2, 2)}
+def test_pytorch_is_not_asked_to_copy_whole_tensors():
+    for layout, word in (
+        ({"channels_last": False}, "channels_last"),
+        ({"channels_last": True, "multiplier": 2}, "multiplier"),
+        ({"channels_last": True, "dense": False}, "slice"),
+    ):
+        declined = of("aten", candidates(kernel=(3, 3), **layout))
+        assert not declined["possible"] and word in declined["reason"]
+
+
+def test_pytorch_takes_strided_input_gradients_of_channels_last_maps():
+    shape = {"size": (8, 128, 56, 56), "kernel": (3, 3), "stride": (2, 2), "channels_last": True}
     assert candidates("backward_input", **shape)[0]["algorithm"] == "aten"
     assert candidates("backward_input", **shape, aten=False)[0]["algorithm"] == "direct"
+    assert candidates("backward_input", **shape, dtype="bfloat16")[0]["algorithm"] == "direct"
+
+
+@all_passes
+@pytest.mark.parametrize("only", ["direct", "fft", "toeplitz", "aten"])
+def test_one_algorithm_can_be_asked_for(pass_name, only):
+    for dtype, kernel in itertools.product(DTYPES, ((3, 3), (13, 13), (31, 31))):
+        free = candidates(pass_name, kernel=kernel, dtype=dtype, channels_last=True)
+        asked = candidates(pass_name, kernel=kernel, dtype=dtype, channels_last=True, only=only)
+        if of(only, free)["possible"]:
+            assert asked[0]["algorithm"] == only
+            assert all(c["reason"] == f"LKCONV_ALGORITHM={only}" for c in asked[1:] if c["possible"])
+        else:
+            assert asked == free
 
 
 @all_passes

@@ -69,6 +69,7 @@ bool prefers_aten(const ConvParams& p, Pass pass, const TensorView& from, const 
   ForwardProblem f =
       pass == Pass::forward ? forward_problem(p) : backward_input_phases(p, from, {}, to).at(0);
   f.adjacent = adjacent_channels(p, from, to);
+  f.dense = from.stride_w == p.channels;
   return choose_depthwise_conv2d(pass, f, f.reduce, from.dtype, m, switches_from_environment()).algorithm ==
          Algorithm::aten;
 }

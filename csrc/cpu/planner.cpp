@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <stdexcept>
 
 #include "fft_plan.h"
 #include "toeplitz_plan.h"
@@ -16,17 +17,27 @@ namespace {
 constexpr int64_t kWindowBytes =
     384 << 10;  // of a direct tile's input window: well inside a second-level cache
 constexpr int64_t kMaxTileWidth = 128;
-// Cycles to move one vector of pixels between a tensor and scratch: channels_last, contiguous (transposing).
-constexpr double kMoveCycles[] = {9, 15};
-constexpr double kPhaseMoveCycles[] = {22, 60};  // a phase writes every stride-th pixel
-constexpr double kFftMoveCycles[] = {9, 22};
-constexpr double kFftScale = 1.55;  // measured cycles of whole transforms over the sum of their butterflies
 constexpr int64_t kMaxAtenTaps = 25;
 constexpr int64_t kMaxAtenPhaseTaps = 36;  // taps of the first phase times phases: at most 5x5 at stride 2
 constexpr double kAtenMargin = 1.1;
-// Cycles of one call beyond ours. Not a function of the thread count, which must change no result.
-constexpr double kAtenCallCycles = 160000;
 constexpr int64_t kBatchPixels = 224;  // outputs computed between loading and storing
+
+// Cycles, fitted to timings of the layers of real models. Pairs are channels_last, contiguous.
+struct Costs {
+  double tap, strided_tap;  // one vector multiply-add of a direct tile; strided ones load a pixel for each
+  double move[2];           // one vector of pixels between a tensor and scratch
+  double phase_move[2];     // a phase of backward_input writes every stride-th pixel
+  double kernel_tap;        // one vector of taps to scratch
+  double fft, fft_move[2];  // whole transforms over the sum of their butterflies
+  double toeplitz, toeplitz_move[2];
+  double aten_tap, aten_move, aten_call;  // of oneDNN; what one of its calls costs beyond ours
+};
+constexpr Costs kOneMultiplier{1.12, 1.5,  {9, 15}, {22, 60}, 20, 1.55, {9, 22},
+                               1,    {0, 0}, 1.25,    5,        160000};
+// Processors with AMX start two multiply-adds of 64 bytes per cycle; a core's share of memory is no faster.
+constexpr Costs kTwoMultipliers{0.6, 0.87,    {16, 17}, {85, 140}, 45, 1.02, {20, 12},
+                                0.8, {15, 2}, 1.0,      10,        310000};
+const Costs& costs_on(const Machine& m) { return m.isa == Isa::amx ? kTwoMultipliers : kOneMultiplier; }
 
 // Number of (output, tap) pairs on one axis whose input lies inside the image.
 int64_t in_bounds_pairs(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t dil) {
@@ -106,9 +117,10 @@ Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, cons
   const double pixels =
       double(g.height * g.width * reduce + g.out_height * g.out_width) * double(groups * g.batch);
   p.flops = 2 * pairs * double(reduce) * double(g.batch * g.channels);
-  // 1.12: multiply-adds per cycle reached by unit-stride tiles; strided ones load a pixel for each.
-  const double move = (g.phases > 1 ? kPhaseMoveCycles : kMoveCycles)[!g.adjacent];
-  p.cycles = vectors * (unit ? 1.12 : 1.5) + move * pixels + double(groups * taps) * 20;
+  const Costs& c = costs_on(m);
+  const double move = (g.phases > 1 ? c.phase_move : c.move)[!g.adjacent];
+  p.cycles =
+      vectors * (unit ? c.tap : c.strided_tap) + move * pixels + double(groups * taps) * c.kernel_tap;
   if (pass == Pass::backward_weight) p.cycles += 0.1 * vectors;
   return p;
 }
@@ -171,7 +183,8 @@ const char* fft_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType dty
         images *
             ((double(reduce) * in_rows + out_rows) * row + double(columns) * column * double(1 + reduce));
   const double pixels = double(g.height * g.width * reduce + g.out_height * g.out_width) * double(g.batch);
-  p.cycles = (kFftScale * cycles + kFftMoveCycles[!g.adjacent] * pixels) * double(groups);
+  const Costs& c = costs_on(m);
+  p.cycles = (c.fft * cycles + c.fft_move[!g.adjacent] * pixels) * double(groups);
   p.flops = cycles * double(groups) * 1.3 * double(p.lanes);
   const int64_t spectrum = columns * (p.fft_h + 1) * 2 * p.lanes * 4;
   const int64_t spectra = pass == Pass::backward_weight ? 3 : reduce + 1 + (reduce > 1);
@@ -181,7 +194,12 @@ const char* fft_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType dty
 
 const char* toeplitz_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
                               const Switches&, Plan& p) {
-  return toeplitz_plan(pass, g, reduce, dtype, m, p);
+  if (const char* declined = toeplitz_plan(pass, g, reduce, dtype, m, p)) return declined;
+  const Costs& c = costs_on(m);
+  const double pixels = double(g.height * g.width * reduce + g.out_height * g.out_width) *
+                        double(g.batch * ceil_div(g.channels, m.lanes_f32));
+  p.cycles = c.toeplitz * p.cycles + c.toeplitz_move[!g.adjacent] * pixels;
+  return nullptr;
 }
 
 const char* direct_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
@@ -190,28 +208,33 @@ const char* direct_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType 
   return nullptr;
 }
 
-// PyTorch's own convolution (oneDNN), where it is really faster: small kernels at memory speed, forward only.
-// Its cost per vector of outputs was fitted to timings; it must be estimated well ahead to be taken.
+// PyTorch's own convolution (oneDNN), where it is really faster: small kernels at memory speed, channels_last.
+// It must be estimated well ahead to be taken. Its calls' cost is no function of the thread count, which must
+// change no result.
 const char* aten_plan_for(Pass pass, const Geometry& g, int64_t, DType dtype, const Machine& m,
                           const Switches& switches, Plan& p) {
   p.algorithm = Algorithm::aten;
   p.isa = m.isa;
   p.lanes = m.lanes_f32;
   p.tile_h = g.out_height, p.tile_w = g.out_width;
+  const bool forward = pass == Pass::forward;
   const int64_t taps = g.kernel_h * g.kernel_w * g.phases;  // a phase holds its share of the taps
   if (!switches.aten) return "LKCONV_ATEN=0";
-  if (pass == Pass::backward_weight || (pass == Pass::backward_input && g.phases == 1))
+  if (pass == Pass::backward_weight || (!forward && g.phases == 1))
     return "it is faster only for the forward pass and the strided backward_input of small kernels";
   if (m.isa == Isa::baseline) return "not measured on this instruction set";
   if (dtype == DType::f64 || dtype == DType::f16) return "it has no fast kernel for this dtype";
-  if (dtype == DType::bf16 && m.isa == Isa::avx2)
-    return "it has no fast bfloat16 kernel for this instruction set";
-  if (taps > (g.phases > 1 ? kMaxAtenPhaseTaps : kMaxAtenTaps)) return "it is fast for small kernels only";
-  const double vectors = double(channel_groups(g.channels, p) * g.batch) * double(g.out_height * g.out_width);
-  p.flops = 2 * double(taps * g.batch * g.channels) * double(g.out_height * g.out_width);
-  const double move = pass == Pass::forward ? (g.adjacent ? 5 : 24) : (g.adjacent ? 20 : 40);
-  p.cycles = kAtenMargin *
-             (vectors * (1.25 * double(taps) / double(g.phases) + move) + kAtenCallCycles / double(g.phases));
+  if (dtype == DType::bf16 && (m.isa == Isa::avx2 || !forward))
+    return "it has no fast bfloat16 kernel for this pass or instruction set";
+  if (!g.adjacent) return "it is fast for channels_last tensors without a channel multiplier only";
+  if (!g.dense) return "it would copy the slice";
+  if (taps > (forward ? kMaxAtenTaps : kMaxAtenPhaseTaps)) return "it is fast for small kernels only";
+  const double phases = double(g.phases), pixels = double(g.out_height * g.out_width);
+  const double vectors = double(channel_groups(g.channels, p) * g.batch) * pixels;
+  const Costs& c = costs_on(m);
+  p.flops = 2 * double(taps * g.batch * g.channels) * pixels;
+  p.cycles = kAtenMargin * (vectors * (c.aten_tap * double(taps) / phases + c.aten_move * (forward ? 1 : 4)) +
+                            c.aten_call / phases);
   return nullptr;
 }
 
@@ -231,6 +254,15 @@ void choose_splits(Pass pass, const Geometry& g, const Machine& m, Plan& p) {
   p.splits = std::clamp<int64_t>(ceil_div(4 * m.threads, groups), 1, std::max<int64_t>(1, g.batch));
 }
 
+std::optional<Algorithm> algorithm_from_environment() {
+  const char* name = std::getenv("LKCONV_ALGORITHM");
+  if (!name || !*name) return std::nullopt;
+  for (const Entry& entry : kEntries)
+    if (!std::strcmp(name, algorithm_name(entry.algorithm))) return entry.algorithm;
+  throw std::invalid_argument(
+      std::string("LKCONV_ALGORITHM must be direct, fft, toeplitz or aten; got '") + name + "'");
+}
+
 }  // namespace
 
 const char* algorithm_name(Algorithm a) {
@@ -238,13 +270,16 @@ const char* algorithm_name(Algorithm a) {
   return names[int(a)];
 }
 
-Switches switches_from_environment() {
+const Switches& switches_from_environment() {
   static const Switches s = [] {
+    const auto off = [](const char* name) {
+      const char* value = std::getenv(name);
+      return value && !std::strcmp(value, "0");
+    };
     Switches w;
-    const char* fft = std::getenv("LKCONV_FFT");
-    w.fft = !(fft && !std::strcmp(fft, "0"));
-    const char* aten = std::getenv("LKCONV_ATEN");
-    w.aten = !(aten && !std::strcmp(aten, "0"));
+    w.fft = !off("LKCONV_FFT");
+    w.aten = !off("LKCONV_ATEN");
+    w.only = algorithm_from_environment();
     return w;
   }();
   return s;
@@ -263,8 +298,11 @@ std::vector<Candidate> plan_depthwise_conv2d(Pass pass, const Geometry& g, int64
     else
       choose_splits(pass, g, m, c.plan);
   }
-  std::stable_sort(all.begin(), all.end(), [](const Candidate& a, const Candidate& b) {
-    return a.possible != b.possible ? a.possible : a.possible && a.plan.cycles < b.plan.cycles;
+  const auto asked = [&](const Candidate& c) { return c.plan.algorithm == switches.only; };
+  std::stable_sort(all.begin(), all.end(), [&](const Candidate& a, const Candidate& b) {
+    if (a.possible != b.possible) return a.possible;
+    if (a.possible && asked(a) != asked(b)) return asked(a);
+    return a.possible && a.plan.cycles < b.plan.cycles;
   });
   for (size_t i = 1; i < all.size(); ++i) {
     if (!all[i].possible) continue;
@@ -272,7 +310,8 @@ std::vector<Candidate> plan_depthwise_conv2d(Pass pass, const Geometry& g, int64
     std::snprintf(text, sizeof text, "estimated %.1f times the cycles of %s",
                   all[i].plan.cycles / std::max(1.0, all[0].plan.cycles),
                   algorithm_name(all[0].plan.algorithm));
-    all[i].reason = text;
+    all[i].reason = asked(all[0]) ? std::string("LKCONV_ALGORITHM=") + algorithm_name(all[0].plan.algorithm)
+                                  : std::string(text);
   }
   return all;
 }
@@ -281,9 +320,12 @@ Plan choose_depthwise_conv2d(Pass pass, const Geometry& g, int64_t reduce, DType
                              const Switches& switches) {
   Plan best;
   best.cycles = std::numeric_limits<double>::infinity();
+  bool asked = false;
   for (const Entry& entry : kEntries) {
     Plan p;
-    if (!entry.plan(pass, g, reduce, dtype, m, switches, p) && p.cycles < best.cycles) best = p;
+    if (entry.plan(pass, g, reduce, dtype, m, switches, p)) continue;
+    const bool wanted = entry.algorithm == switches.only;
+    if (wanted > asked || (wanted == asked && p.cycles < best.cycles)) best = p, asked = wanted;
   }
   choose_splits(pass, g, m, best);
   return best;

@@ -1,6 +1,7 @@
 // Chooses an algorithm and its tiles: a pure function of sizes, dtype and machine.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,8 +22,10 @@ struct Candidate {
 struct Switches {
   bool fft = true;   // LKCONV_FFT=0 turns the FFT off
   bool aten = true;  // LKCONV_ATEN=0: never hand a call to PyTorch's own convolution
+  std::optional<Algorithm> only;  // LKCONV_ALGORITHM: wherever it can run, no other
 };
-Switches switches_from_environment();
+const Switches& switches_from_environment();
+const char* algorithm_name(Algorithm a);
 
 // Every algorithm in order of preference, the chosen one first. `reduce` is the number of input planes per
 // output plane (1 but for backward_input with a channel multiplier).
@@ -32,7 +35,5 @@ std::vector<Candidate> plan_depthwise_conv2d(Pass pass, const Geometry& g, int64
 // Only the chosen plan, without composing reasons.
 Plan choose_depthwise_conv2d(Pass pass, const Geometry& g, int64_t reduce, DType dtype,
                              const Machine& machine, const Switches& switches);
-
-const char* algorithm_name(Algorithm a);
 
 }  // namespace lkconv::cpu
