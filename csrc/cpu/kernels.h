@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../merge_problem.h"
 #include "fft_plan.h"
 #include "problem.h"
 
@@ -24,14 +25,19 @@ struct Kernels {
   // bfloat16 on matrix units; null where there are none.
   void (*forward_toeplitz)(const ForwardProblem&, const Plan&, int64_t task0, int64_t task1);
   void (*weight_toeplitz)(const WeightProblem&, const Plan&, float* partial, int64_t task0, int64_t task1);
+  // The fold of branch kernels and its adjoint, over a range of channels.
+  void (*merge_f32)(const MergeProblem&, int64_t channel0, int64_t channel1);
+  void (*merge_f64)(const MergeProblem&, int64_t channel0, int64_t channel1);
+  void (*merge_backward_f32)(const MergeProblem&, int64_t channel0, int64_t channel1);
+  void (*merge_backward_f64)(const MergeProblem&, int64_t channel0, int64_t channel1);
 };
 
 // Null when this build has no code for the instruction set.
 const Kernels* kernels_for(Isa isa);
 
-// A 64-byte aligned buffer owned by the calling thread and reused between calls; contents are undefined. FFT and
-// Toeplitz plans stay below kMaxScratchBytes; a direct plan holds one window of (halo + a few) rows by (halo +
-// tile) columns, which only an extreme dilation makes large.
+// A 64-byte aligned buffer owned by the calling thread and reused between calls; contents are undefined. FFT
+// and Toeplitz plans stay below kMaxScratchBytes; a direct plan holds one window of (halo + a few) rows by
+// (halo + tile) columns, which only an extreme dilation makes large.
 void* thread_scratch_bytes(size_t bytes);
 template <class T>
 T* thread_scratch(int64_t count) {

@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lkconv.reparam import convolution
-from lkconv.reparam.algebra import fold_dtype, spread_and_pad
+from lkconv.reparam.algebra import fold_dtype
 from lkconv.reparam.geometry import Geometry, place_geometry
+from lkconv.reparam.merge_depthwise_kernels import merge_depthwise_kernels
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,16 @@ def _merged_output(
     input: Tensor, weights: Sequence[Tensor | None], scales: Tensor, shift: Tensor, spec: SumSpec
 ) -> Tensor:
     """One convolution with the kernel sum_b place_b(s_b W_b)."""
-    kernel = None
-    for b, weight in enumerate(weights):
-        geometry = spec.geometries[b]
+    kernels, placements = [], []
+    for b, (weight, geometry) in enumerate(zip(weights, spec.geometries, strict=True)):
         if weight is None or geometry is None:
             weight = scales.new_ones(scales.shape[1], 1, 1, 1)
             geometry = Geometry((1, 1), groups=spec.target.groups)
-        placement = place_geometry(geometry, spec.target, f"branch {b}")
-        placed = spread_and_pad(
-            weight.to(scales.dtype) * scales[b].reshape(-1, 1, 1, 1), placement, spec.target.kernel_size
-        )
-        kernel = placed if kernel is None else kernel + placed
-    assert kernel is not None
-    return convolution.forward(input, kernel.to(input.dtype), shift.to(input.dtype), spec.target)
+        kernels.append(weight)
+        placements.append(place_geometry(geometry, spec.target, f"branch {b}"))
+    size = spec.target.kernel_size
+    kernel, bias = merge_depthwise_kernels(kernels, scales.unbind(), [shift], size, placements, input.dtype)
+    return convolution.forward(input, kernel, bias, spec.target)
 
 
 class BatchStatisticsSum(torch.autograd.Function):
