@@ -23,7 +23,7 @@ inline ChannelVector channel_vector(const Tensor& t, int64_t channels, bool writ
   return {writable ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()), dtype_of(t), t.stride(0)};
 }
 
-// The arguments of one call: `problem` points into the vectors, so it is made anew for every copy.
+// The arguments of one call. A problem() points into it.
 class MergeCall {
  public:
   MergeCall(const Tensors& weights, const Tensors& scales, const Tensors& biases, int64_t kernel_h,
@@ -111,5 +111,37 @@ class MergeCall {
   std::vector<ChannelVector> biases_;
   bool wide_ = false;
 };
+
+// The fold: run(problem) fills new tensors.
+template <class Run>
+std::tuple<Tensor, Tensor> merge_call(const Tensors& weights, const Tensors& scales, const Tensors& biases,
+                                      const std::vector<int64_t>& kernel_size,
+                                      const std::vector<int64_t>& offset, const std::vector<int64_t>& step,
+                                      ScalarType dtype, bool cuda, Run run) {
+  STD_TORCH_CHECK(kernel_size.size() == 2, "lkconv: kernel_size must have two elements");
+  const MergeCall call(weights, scales, biases, kernel_size[0], kernel_size[1], offset, step, cuda);
+  const Tensor& like = weights[0];
+  Tensor kernel = empty_contiguous({like.size(0), 1, kernel_size[0], kernel_size[1]}, dtype, like);
+  Tensor bias = empty_contiguous({like.size(0)}, dtype, like);
+  run(call.problem(kernel, bias, true));
+  return {kernel, bias};
+}
+
+template <class Run>
+std::tuple<Tensors, Tensors, Tensors> merge_backward_call(const Tensor& grad_weight, const Tensor& grad_bias,
+                                                          const Tensors& weights, const Tensors& scales,
+                                                          const Tensors& biases,
+                                                          const std::vector<int64_t>& offset,
+                                                          const std::vector<int64_t>& step, bool cuda,
+                                                          Run run) {
+  STD_TORCH_CHECK(grad_weight.dim() == 4, "lkconv: the merged kernel's gradient must be a 4-D tensor");
+  check_same_place(grad_weight, grad_bias, cuda);
+  const Tensor dense = torch::stable::contiguous(grad_weight);
+  MergeCall call(weights, scales, biases, dense.size(2), dense.size(3), offset, step, cuda);
+  check_same_place(weights[0], grad_weight, cuda);
+  auto gradients = call.gradients(weights, scales, biases);
+  run(call.problem(dense, grad_bias, false));
+  return gradients;
+}
 
 }  // namespace lkconv

@@ -14,13 +14,8 @@ std::tuple<Tensor, Tensor> op_merge(const Tensors& weights, const Tensors& scale
                                     const std::vector<int64_t>& kernel_size,
                                     const std::vector<int64_t>& offset, const std::vector<int64_t>& step,
                                     ScalarType dtype) {
-  STD_TORCH_CHECK(kernel_size.size() == 2, "lkconv: kernel_size must have two elements");
-  const MergeCall call(weights, scales, biases, kernel_size[0], kernel_size[1], offset, step, false);
-  const Tensor& like = weights[0];
-  Tensor kernel = empty_contiguous({like.size(0), 1, kernel_size[0], kernel_size[1]}, dtype, like);
-  Tensor bias = empty_contiguous({like.size(0)}, dtype, like);
-  merge_depthwise_kernels(call.problem(kernel, bias, true), active_isa(), parallel);
-  return {kernel, bias};
+  return merge_call(weights, scales, biases, kernel_size, offset, step, dtype, false,
+                    [](const MergeProblem& p) { merge_depthwise_kernels(p, active_isa(), parallel); });
 }
 
 std::tuple<Tensors, Tensors, Tensors> op_merge_backward(const Tensor& grad_weight, const Tensor& grad_bias,
@@ -28,13 +23,9 @@ std::tuple<Tensors, Tensors, Tensors> op_merge_backward(const Tensor& grad_weigh
                                                         const Tensors& biases,
                                                         const std::vector<int64_t>& offset,
                                                         const std::vector<int64_t>& step) {
-  STD_TORCH_CHECK(grad_weight.dim() == 4 && grad_weight.is_cpu() && grad_bias.is_cpu(),
-                  "lkconv: the merged kernel's gradient must be a 4-D tensor on the CPU");
-  const Tensor dense = torch::stable::contiguous(grad_weight);
-  MergeCall call(weights, scales, biases, dense.size(2), dense.size(3), offset, step, false);
-  auto gradients = call.gradients(weights, scales, biases);
-  merge_depthwise_kernels_backward(call.problem(dense, grad_bias, false), active_isa(), parallel);
-  return gradients;
+  return merge_backward_call(
+      grad_weight, grad_bias, weights, scales, biases, offset, step, false,
+      [](const MergeProblem& p) { merge_depthwise_kernels_backward(p, active_isa(), parallel); });
 }
 
 }  // namespace
