@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import lkconv
-from lkconv import reference, use_backend
+from lkconv import backends, reference, use_backend
 from lkconv.reparam import Branch, Geometry, merged_depthwise_conv2d
+from lkconv.reparam.merge_depthwise_kernels import register_hooks
 from merge_cases import CASES, Case, centred, exact, operands
 from merge_cases import Branch as Place
 from reparam_cases import relative_error
@@ -37,15 +38,15 @@ def check(case, t, dtype, fold_op=FOLD, adjoint_op=ADJOINT):
     got_kernel, got_bias = fold(case, t, dtype, fold_op)
     assert got_kernel.dtype == got_bias.dtype == dtype
     assert got_kernel.is_contiguous() and got_kernel.shape == kernel.shape
-    assert relative_error(got_kernel, kernel) <= TOLERANCE[dtype]
-    assert relative_error(got_bias, bias) <= TOLERANCE[dtype] if case.biases else not got_bias.any()
+    assert relative_error(got_kernel.cpu(), kernel) <= TOLERANCE[dtype]
+    assert relative_error(got_bias.cpu(), bias) <= TOLERANCE[dtype] if case.biases else not got_bias.any()
     got = adjoint(case, t, adjoint_op)
     for found, wanted, like in zip(got, (grad_weights, grad_scales), (t.weights, t.scales), strict=False):
         assert len(found) == len(wanted)
         for one, other, operand in zip(found, wanted, like, strict=True):
             assert one.dtype == operand.dtype and one.shape == other.shape
-            assert one.is_contiguous() or adjoint_op is not ADJOINT  # the reference may return views
-            assert relative_error(one, other) <= TOLERANCE[one.dtype]
+            assert one.is_contiguous() or adjoint_op is reference.merge_depthwise_kernels_backward
+            assert relative_error(one.cpu(), other) <= TOLERANCE[one.dtype]
     assert len(got[2]) == case.biases
     for one, operand in zip(got[2], t.biases, strict=True):
         assert torch.equal(one, t.grad_bias.to(operand.dtype))
@@ -308,6 +309,35 @@ def test_memory_safety_checks():
         ADJOINT(t.grad_weight[:, :, :4], t.grad_bias, t.weights, t.scales, t.biases, *rest[1:3])
     with pytest.raises(RuntimeError, match="lkconv"):
         ADJOINT(t.grad_weight, t.grad_bias[:2], t.weights, t.scales, t.biases, *rest[1:3])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_values_on_a_gpu(backend, dtype):
+    """Every case, the same bits twice, and a merged convolution that uses both kernels."""
+    choice = backends.BACKENDS[["cpu", "cuda", "triton"].index(backend)]
+    if reason := choice.declines(torch.device("cuda"), dtype):
+        pytest.skip(reason)
+    choice.load()
+    namespace = "lkconv" if backend == "cuda" else "lkconv_triton"
+    register_hooks(namespace)
+    ops = getattr(torch.ops, namespace)
+    pair = ops.merge_depthwise_kernels.default, ops.merge_depthwise_kernels_backward.default
+    for case in CASES:
+        t = operands(case, dtype, device="cuda")
+        check(case, t, dtype, *pair)
+        assert torch.equal(fold(case, t, dtype, pair[0])[0], fold(case, t, dtype, pair[0])[0])
+        twice = adjoint(case, t, pair[1]), adjoint(case, t, pair[1])
+        for one, other in zip(*twice, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    call, leaves = layer()
+    moved = [leaf.detach().cuda().requires_grad_() for leaf in leaves]
+    with use_backend(backend), torch.profiler.profile() as profile:
+        got = torch.autograd.grad(call(*moved).square().sum(), moved)
+    assert f"{namespace}::merge_depthwise_kernels_backward" in {e.key for e in profile.key_averages()}
+    for one, other in zip(got, torch.autograd.grad(call(*leaves).square().sum(), leaves), strict=True):
+        assert relative_error(one.cpu(), other) <= 1e-12
 
 
 PROBE = """
