@@ -28,6 +28,8 @@ STABLE_TORCH_LIBRARY(lkconv, m) {
   m.def(
       "merge_depthwise_kernels_backward(Tensor grad_weight, Tensor grad_bias, Tensor[] weights, Tensor[] "
       "scales, Tensor[] biases, SymInt[] offset, SymInt[] step) -> (Tensor[], Tensor[], Tensor[])");
+  // shift[c] + sum_b scales[b, c] inputs[b], in one pass over all of them.
+  m.def("scaled_channel_sum(Tensor[] inputs, Tensor scales, Tensor shift) -> Tensor");
 }
 
 namespace lkconv {

@@ -21,6 +21,7 @@ from lkconv.reference_group_mix import (  # noqa: F401
 from lkconv.reference_merge import (  # noqa: F401
     merge_depthwise_kernels,
     merge_depthwise_kernels_backward,
+    scaled_channel_sum,
 )
 
 

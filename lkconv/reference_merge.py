@@ -1,4 +1,4 @@
-"""Folding branch kernels into one, in plain PyTorch: the specification of the fused ops and their fallback.
+"""Folding branches into one, in plain PyTorch: the specification of the fused ops and their fallback.
 
 Tap u of branch b lies at ``offset_b + u step_b`` of the dense kernel, per axis. Flat lists hold two elements
 per branch, (height, width), as in the ops' schemas.
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["merge_depthwise_kernels", "merge_depthwise_kernels_backward"]
+__all__ = ["merge_depthwise_kernels", "merge_depthwise_kernels_backward", "scaled_channel_sum"]
 
 Pair = tuple[int, int]
 
@@ -112,3 +112,19 @@ def merge_depthwise_kernels_backward(
         if scales:
             grad_scales.append((taps * weight.to(wide)).sum((1, 2, 3)).to(scales[b].dtype))
     return grad_weights, grad_scales, [grad_bias.to(b.dtype) for b in biases]
+
+
+def scaled_channel_sum(inputs: Sequence[Tensor], scales: Tensor, shift: Tensor) -> Tensor:
+    """``shift[c] + sum_b scales[b, c] inputs[b][:, c]``, one input after the other, in the inputs' dtype.
+
+    Args:
+        inputs: at least one (N, C, H, W), all of one shape and dtype. scales: (B, C); shift: (C,).
+    """
+
+    def channelwise(vector: Tensor) -> Tensor:
+        return vector.to(inputs[0].dtype).reshape(1, -1, 1, 1)
+
+    out = torch.addcmul(channelwise(shift), inputs[0], channelwise(scales[0]))
+    for scale, y in zip(scales[1:], inputs[1:], strict=True):
+        out = out.addcmul_(y, channelwise(scale))
+    return out

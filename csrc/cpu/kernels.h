@@ -10,6 +10,18 @@
 
 namespace lkconv::cpu {
 
+// output = shift[c] + sum_b scales[b, c] inputs[b], every tensor dense in one layout; scales and shift in the
+// accumulation type.
+struct ScaledSumProblem {
+  const void* const* inputs;
+  int64_t count;
+  void* output;
+  DType dtype;
+  const void *scales, *shift;  // (count, channels), (channels,)
+  int64_t batch, channels, pixels;
+  bool channels_last;
+};
+
 struct Kernels {
   int lanes_f32, lanes_f64;
   void (*forward_direct_f32)(const ForwardProblem&, const Plan&, int64_t task0, int64_t task1);
@@ -30,6 +42,9 @@ struct Kernels {
   void (*merge_f64)(const MergeProblem&, int64_t channel0, int64_t channel1);
   void (*merge_backward_f32)(const MergeProblem&, int64_t channel0, int64_t channel1);
   void (*merge_backward_f64)(const MergeProblem&, int64_t channel0, int64_t channel1);
+  // Over a range of planes, or of pixels where the layout is channels_last.
+  void (*scaled_sum_f32)(const ScaledSumProblem&, int64_t first, int64_t last);
+  void (*scaled_sum_f64)(const ScaledSumProblem&, int64_t first, int64_t last);
 };
 
 // Null when this build has no code for the instruction set.

@@ -8,6 +8,7 @@
 #include "fft.h"
 #include "fft_conv.h"
 #include "merge.h"
+#include "scaled_sum.h"
 
 namespace lkconv::cpu::LKCONV_ISA {
 
@@ -28,6 +29,8 @@ inline constexpr Kernels kKernels = {
     merge_kernels<double>,
     merge_kernels_backward<float>,
     merge_kernels_backward<double>,
+    scaled_sum<float>,
+    scaled_sum<double>,
 };
 
 }  // namespace lkconv::cpu::LKCONV_ISA

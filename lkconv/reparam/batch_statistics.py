@@ -29,6 +29,7 @@ from lkconv.reparam import convolution
 from lkconv.reparam.algebra import fold_dtype
 from lkconv.reparam.geometry import Geometry, place_geometry
 from lkconv.reparam.merge_depthwise_kernels import merge_depthwise_kernels
+from lkconv.reparam.scaled_channel_sum import scaled_channel_sum
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,6 @@ def plain_sum(
     return out
 
 
-def _channelwise(vector: Tensor, like: Tensor) -> Tensor:
-    return vector.to(like.dtype).reshape(1, -1, 1, 1)
-
-
 def _merged_output(
     input: Tensor, weights: Sequence[Tensor | None], scales: Tensor, shift: Tensor, spec: SumSpec
 ) -> Tensor:
@@ -146,9 +143,7 @@ class BatchStatisticsSum(torch.autograd.Function):
             if beta is not None:
                 shift = shift + beta.to(shift.dtype)
         if spec.keep:
-            out = torch.addcmul(_channelwise(shift, input), outputs[0], _channelwise(scales[0], input))
-            for b, y in enumerate(outputs[1:], start=1):
-                out.addcmul_(y, _channelwise(scales[b], input))
+            out = scaled_channel_sum(outputs, scales, shift)
         else:
             out = _merged_output(input, weights, scales, shift, spec)
         ctx.save_for_backward(input, means, inverse, *weights, *gammas, *betas, *outputs)
@@ -237,5 +232,4 @@ def _normalised_gradient(grad, y, gamma, mean, inverse, total, dot, count):
     scale = inverse if gamma is None else inverse * gamma
     slope = -scale * inverse * dot / count
     constant = -scale * total / count - slope * mean
-    dz = torch.addcmul(_channelwise(constant, grad), grad, _channelwise(scale, grad))
-    return dz.addcmul_(y, _channelwise(slope, grad))
+    return scaled_channel_sum([grad, y], torch.stack([scale, slope]), constant)
