@@ -1,6 +1,6 @@
 // Random convolutions through the torch-free entry points, compared with naive loops in double, under
 // AddressSanitizer and UndefinedBehaviorSanitizer. Usage: fuzz <first seed> <count> | fuzz merge <first seed>
-// <count> | fuzz far
+// <count> | fuzz sum <first seed> <count> | fuzz far
 //
 // Buffers are exactly as large as their views need; gaps between strided elements hold NaN in inputs and a
 // pattern in outputs that must survive. The kernels' scratch is replaced (thread_scratch_bytes below) by a
@@ -214,9 +214,12 @@ int run_far() {
 
 int main(int argc, char** argv) {
   if (argc == 2 && !std::strcmp(argv[1], "far")) return run_far();
-  if (argc == 4 && !std::strcmp(argv[1], "merge"))
-    return fuzz::run_merges(std::strtoull(argv[2], nullptr, 10), std::strtoull(argv[3], nullptr, 10));
-  if (argc != 3) return std::fprintf(stderr, "usage: fuzz [merge] <first seed> <count> | fuzz far\n"), 2;
+  if (argc == 4) {
+    const auto mode = std::strcmp(argv[1], "merge") ? fuzz::run_sums : fuzz::run_merges;
+    return mode(std::strtoull(argv[2], nullptr, 10), std::strtoull(argv[3], nullptr, 10));
+  }
+  if (argc != 3)
+    return std::fprintf(stderr, "usage: fuzz [merge | sum] <first seed> <count> | fuzz far\n"), 2;
   const uint64_t first = std::strtoull(argv[1], nullptr, 10), count = std::strtoull(argv[2], nullptr, 10);
   int failures = 0;
   for (uint64_t seed = first; seed < first + count; ++seed) {

@@ -18,8 +18,11 @@ namespace fuzz {
 using namespace lkconv;
 using namespace lkconv::cpu;
 
-// merge.cpp: random folds of branch kernels. The number of failures.
+// merge.cpp: random folds of branch kernels. Both print a line for each failure and return whether there was
+// one.
 int run_merges(uint64_t first, uint64_t count);
+// scaled_sum.cpp: random per-channel combinations of tensors.
+int run_sums(uint64_t first, uint64_t count);
 
 constexpr unsigned char kPattern = 0xa5;
 

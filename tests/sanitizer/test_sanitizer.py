@@ -99,5 +99,9 @@ def test_random_merges(fuzz):
     assert f"{MERGES} merges, 0 failures" in execute(fuzz, "merge", 1, MERGES)
 
 
+def test_random_scaled_sums(fuzz):
+    assert f"{MERGES} sums, 0 failures" in execute(fuzz, "sum", 1, MERGES)
+
+
 def test_tensors_wider_than_31_bits(fuzz):
     execute(fuzz, "far")
