@@ -236,14 +236,15 @@ def layer():
     return call, leaves
 
 
-def test_compiled_whole():
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_whole(backend):
     call, leaves = layer()
 
     def step(*leaves):
         y = call(*leaves)
         return y, *torch.autograd.grad(y.square().sum(), leaves)
 
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
     got = compiled(*leaves)
     wanted = step(*leaves)
     assert relative_error(got, wanted[0]) <= 1e-12
