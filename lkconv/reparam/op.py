@@ -112,13 +112,13 @@ def _backward(ctx, grad: Tensor):
         grad_input = convolution.backward_input(grad, kernel, tuple(input.shape), target)
     grad_bias = grad.sum((0, 2, 3), dtype=fold_dtype(grad)) if any(need_biases) else None
     if any(need_weights) or any(need_scales):
-        grads = _gather(ctx, grad, grad_bias, input, (weights, scales, biases), target, placements)
+        grads = _gather(grad, grad_bias, input, (weights, scales, biases), target, placements)
     else:
         grads = [None] * len(weights), [None] * len(scales), _cast(grad_bias, biases, need_biases)
     return grad_input, *grads, *[None] * len(ctx.geometry)
 
 
-def _gather(ctx, grad, grad_bias, input, operands, target, placements):
+def _gather(grad, grad_bias, input, operands, target, placements):
     """Gradients of weights, scales and biases from that of the merged kernel."""
     weights, scales, biases = operands
     grad_kernel = convolution.backward_weight(grad, input, target)
