@@ -19,6 +19,17 @@ STABLE_TORCH_LIBRARY(lkconv, m) {
       "depthwise_conv2d_backward_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, SymInt[] "
       "stride, "
       "SymInt[] padding, SymInt[] dilation) -> Tensor");
+  // (kernel (C*m, 1, *kernel_size), bias (C*m,)): the sum of all branches, tap u of branch b at offset + u
+  // step. `offset` and `step` have two elements per weight; `scales` is empty or has one (C*m,) per weight.
+  m.def(
+      "merge_depthwise_kernels(Tensor[] weights, Tensor[] scales, Tensor[] biases, SymInt[] kernel_size, "
+      "SymInt[] offset, SymInt[] step, ScalarType dtype) -> (Tensor, Tensor)");
+  // Its adjoint: gradients of weights, scales and biases. Of `biases` only the dtypes matter.
+  m.def(
+      "merge_depthwise_kernels_backward(Tensor grad_weight, Tensor grad_bias, Tensor[] weights, Tensor[] "
+      "scales, Tensor[] biases, SymInt[] offset, SymInt[] step) -> (Tensor[], Tensor[], Tensor[])");
+  // shift[c] + sum_b scales[b, c] inputs[b], in one pass over all of them.
+  m.def("scaled_channel_sum(Tensor[] inputs, Tensor scales, Tensor shift) -> Tensor");
 }
 
 namespace lkconv {

@@ -18,6 +18,11 @@ from lkconv.reference_group_mix import (  # noqa: F401
     group_mix_attention,
     segmented_depthwise_conv2d,
 )
+from lkconv.reference_merge import (  # noqa: F401
+    merge_depthwise_kernels,
+    merge_depthwise_kernels_backward,
+    scaled_channel_sum,
+)
 
 
 def depthwise_conv2d(

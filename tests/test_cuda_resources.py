@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHES = ("80", "90a", "100", "120") if os.environ.get("LKCONV_TEST_ALL_ARCHES") == "1" else ("80", "90a")
-SOURCES = ("kernels_direct", "kernels_toeplitz")
+SOURCES = ("kernels_direct", "kernels_toeplitz", "kernels_merge")
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
@@ -81,7 +81,7 @@ def compiled(
 
 def kernels_per_source(source: str) -> int:
     """How many kernels the tables of a source name: the report must speak of each."""
-    return {"kernels_direct": 32, "kernels_toeplitz": 18}[source]
+    return {"kernels_direct": 32, "kernels_toeplitz": 18, "kernels_merge": 4}[source]
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -146,12 +146,15 @@ def test_memory_format_follows_the_input():
 
 
 def test_one_convolution_forward_and_one_of_each_gradient():
+    """And one kernel that folds, once more for the gradient of the input, and one that gathers."""
     arguments = tensors(torch.float32)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call(*arguments).sum().backward()
     counts = {e.key: e.count for e in profile.key_averages() if e.key.startswith("lkconv::")}
     assert counts == {
         "lkconv::merged_depthwise_conv2d": 1,
+        "lkconv::merge_depthwise_kernels": 2,
+        "lkconv::merge_depthwise_kernels_backward": 1,
         "lkconv::depthwise_conv2d": 1,
         "lkconv::depthwise_conv2d_backward_input": 1,
         "lkconv::depthwise_conv2d_backward_weight": 1,

@@ -50,7 +50,10 @@ def specialised(kernel, bound):
     signature, constants, attributes = {}, {}, {}
     for index, param in enumerate(kernel.params):
         value = bound[param.name]
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, tuple) and not param.is_constexpr:  # of tensors
+            signature[param.name] = tuple(POINTERS[t.dtype] for t in value)
+            attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(len(value))}
+        elif isinstance(value, torch.Tensor):
             signature[param.name] = POINTERS[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif param.is_constexpr or value == 1:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+import merge_cases
 from lkconv.ops import register_hooks
 from triton_support import Case, expected, kernels, make_inputs, only, relative_error, run_pass
 
@@ -205,6 +208,84 @@ def check_public_interface() -> None:
     assert "not triton:" in str(report)
 
 
+def check_merged_values(case: merge_cases.Case, dtype: torch.dtype) -> None:
+    """Fold and adjoint against a plain loop, tap by tap."""
+    check_merged(case, merge_cases.operands(case, dtype), dtype)
+
+
+def check_merged(case: merge_cases.Case, t: merge_cases.Operands, dtype: torch.dtype) -> None:
+    bound = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+    kernel, bias, grad_weights, grad_scales = merge_cases.exact(case, t)
+    size = list(case.kernel)
+    fold = OPS.merge_depthwise_kernels.default
+    adjoint = OPS.merge_depthwise_kernels_backward.default
+    got = fold(t.weights, t.scales, t.biases, size, case.offset(), case.step(), dtype)
+    for one, other in zip(got, (kernel, bias), strict=True):
+        assert one.dtype == dtype and one.shape == other.shape
+        assert relative_error(one, other) <= bound[dtype]
+    found = adjoint(t.grad_weight, t.grad_bias, t.weights, t.scales, t.biases, case.offset(), case.step())
+    wanted = grad_weights, grad_scales, [t.grad_bias.double() for _ in t.biases]
+    for group, exact, like in zip(found, wanted, (t.weights, t.scales, t.biases), strict=True):
+        for one, other, operand in zip(group, exact, like, strict=True):
+            assert one.dtype == operand.dtype and one.shape == other.shape
+            assert relative_error(one, other) <= bound[one.dtype]
+
+
+def check_merge_of_mixed_dtypes() -> None:
+    dtypes = (torch.float32, torch.float16, torch.float64)
+    branches = tuple(merge_cases.centred(k, 9, d) for k, d in ((9, 1), (3, 3), (1, 1)))
+    case = merge_cases.Case("mixed", 3, (9, 9), branches, biases=3)
+    t = merge_cases.operands(case, torch.float32)
+    t.weights = [w.to(d) for w, d in zip(t.weights, dtypes, strict=True)]
+    t.scales = [s.to(d) for s, d in zip(t.scales, dtypes[::-1], strict=True)]
+    t.biases = [b.to(d) for b, d in zip(t.biases, dtypes, strict=True)]
+    for dtype in dtypes:
+        t.grad_weight = t.grad_weight.to(dtype)
+        check_merged(case, t, dtype)
+
+
+def check_merge_gradients_and_opcheck() -> None:
+    """Double backward inside the two ops, fake kernels, and the merged convolution on top of them."""
+    merging = importlib.import_module("lkconv.reparam.merge_depthwise_kernels")
+    merging.register_hooks("lkconv_triton")
+    fold = OPS.merge_depthwise_kernels.default
+    adjoint = OPS.merge_depthwise_kernels_backward.default
+    branches = (merge_cases.Branch((3, 4)), merge_cases.Branch((2, 2), (0, 1), (2, 2)))
+    case = merge_cases.Case("small", 2, (3, 4), branches)
+    t = merge_cases.operands(case, torch.float64, grad=True)
+    rest = [3, 4], case.offset(), case.step(), torch.float64
+    with deterministic(False):
+        call = lambda *x: fold(list(x[:2]), list(x[2:4]), list(x[4:]), *rest)  # noqa: E731
+        assert torch.autograd.gradcheck(call, t.leaves(), fast_mode=True)
+        assert torch.autograd.gradgradcheck(call, t.leaves(), fast_mode=True)
+        torch.library.opcheck(fold, (t.weights, t.scales, t.biases, *rest))
+        dense, vector = t.grad_weight.requires_grad_(), t.grad_bias.requires_grad_()
+        torch.library.opcheck(adjoint, (dense, vector, t.weights, t.scales, t.biases, *rest[1:3]))
+
+
+def check_merged_convolution() -> None:
+    """lkconv.reparam on the Triton backend: one fold, one gather."""
+    import lkconv
+    from lkconv.reparam import Branch, Geometry, merged_depthwise_conv2d
+
+    target, side = Geometry.make(5, 1, 2, 1, 3), Geometry.make(3, 1, 2, 2, 3)
+    sizes = ((1, 3, 6, 7), (3, 1, 5, 5), (3, 1, 3, 3), (3,), (3,))
+    x, large, small, scale, bias = leaves = [torch.randn(s, requires_grad=True) for s in sizes]
+    branches = [Branch(large, target, scale, bias), Branch(small, side)]
+
+    def run(backend: str):
+        with lkconv.use_backend(backend), torch.profiler.profile() as profile:
+            y = merged_depthwise_conv2d(x, branches, target)
+            grads = torch.autograd.grad(y.square().sum(), leaves)
+        return (y, *grads), {e.key for e in profile.key_averages()}
+
+    got, names = run("triton")
+    assert "lkconv_triton::merge_depthwise_kernels" in names
+    assert "lkconv_triton::merge_depthwise_kernels_backward" in names
+    for one, other in zip(got, run("torch")[0], strict=True):
+        assert relative_error(one.detach(), other.detach()) < 1e-5
+
+
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
     """The poison of torch.empty is off where torch itself compares results that it fills later."""
@@ -216,6 +297,16 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+def merge_value_checks() -> dict[str, Callable[[], None]]:
+    """Folds of branch kernels: every case in float32, some in the dtypes the interpreter also has."""
+    chosen = [(case, torch.float32) for case in merge_cases.CASES]
+    chosen += [(case, d) for d in (torch.float64, torch.float16) for case in merge_cases.CASES[2:6]]
+    return {f"merge-{c.name}-{d}": partial(check_merged_values, c, d) for c, d in chosen}
+
+
 CHECKS = {
-    name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")
+    name.removeprefix("check_"): check
+    for name, check in list(globals().items())
+    if name.startswith("check_") and name not in ("check_merged_values", "check_merged")
 }
+CHECKS |= merge_value_checks()

@@ -15,7 +15,17 @@ from .machine import is_available, machine_of
 from .planner import Machine, Plan
 from .report import plan
 
-__all__ = ["NAMESPACE", "SCHEMAS", "Machine", "Plan", "is_available", "machine_of", "plan", "registered"]
+__all__ = [
+    "MERGE_SCHEMAS",
+    "NAMESPACE",
+    "SCHEMAS",
+    "Machine",
+    "Plan",
+    "is_available",
+    "machine_of",
+    "plan",
+    "registered",
+]
 
 NAMESPACE = "lkconv_triton"
 SCHEMAS = {
@@ -32,6 +42,16 @@ SCHEMAS = {
         " SymInt[] dilation) -> Tensor"
     ),
 }
+MERGE_SCHEMAS = {
+    "merge_depthwise_kernels": (
+        "(Tensor[] weights, Tensor[] scales, Tensor[] biases, SymInt[] kernel_size, SymInt[] offset,"
+        " SymInt[] step, ScalarType dtype) -> (Tensor, Tensor)"
+    ),
+    "merge_depthwise_kernels_backward": (
+        "(Tensor grad_weight, Tensor grad_bias, Tensor[] weights, Tensor[] scales, Tensor[] biases,"
+        " SymInt[] offset, SymInt[] step) -> (Tensor[], Tensor[], Tensor[])"
+    ),
+}
 
 
 def _register() -> bool:
@@ -39,12 +59,17 @@ def _register() -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     from . import depthwise_conv2d as ops
+    from . import merge_depthwise_kernels as merge_ops
     from .launch import interpreting
 
     # torch.compile looks into a triton_op; it cannot look into the interpreter.
     define = torch.library.custom_op if interpreting() else torch.library.triton_op
     for name, schema in SCHEMAS.items():
         define(f"{NAMESPACE}::{name}", getattr(ops, name), mutates_args=(), schema=schema)
+    # Their kernels take tuples of tensors, which torch.compile cannot trace: opaque to it.
+    for name, schema in MERGE_SCHEMAS.items():
+        function = getattr(merge_ops, name)
+        torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=schema)
     return True
 
 

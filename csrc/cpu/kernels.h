@@ -4,10 +4,23 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../merge_problem.h"
 #include "fft_plan.h"
 #include "problem.h"
 
 namespace lkconv::cpu {
+
+// output = shift[c] + sum_b scales[b, c] inputs[b], every tensor dense in one layout; scales and shift in the
+// accumulation type.
+struct ScaledSumProblem {
+  const void* const* inputs;
+  int64_t count;
+  void* output;
+  DType dtype;
+  const void *scales, *shift;  // (count, channels), (channels,)
+  int64_t batch, channels, pixels;
+  bool channels_last;
+};
 
 struct Kernels {
   int lanes_f32, lanes_f64;
@@ -24,14 +37,22 @@ struct Kernels {
   // bfloat16 on matrix units; null where there are none.
   void (*forward_toeplitz)(const ForwardProblem&, const Plan&, int64_t task0, int64_t task1);
   void (*weight_toeplitz)(const WeightProblem&, const Plan&, float* partial, int64_t task0, int64_t task1);
+  // The fold of branch kernels and its adjoint, over a range of channels.
+  void (*merge_f32)(const MergeProblem&, int64_t channel0, int64_t channel1);
+  void (*merge_f64)(const MergeProblem&, int64_t channel0, int64_t channel1);
+  void (*merge_backward_f32)(const MergeProblem&, int64_t channel0, int64_t channel1);
+  void (*merge_backward_f64)(const MergeProblem&, int64_t channel0, int64_t channel1);
+  // Over a range of planes, or of pixels where the layout is channels_last.
+  void (*scaled_sum_f32)(const ScaledSumProblem&, int64_t first, int64_t last);
+  void (*scaled_sum_f64)(const ScaledSumProblem&, int64_t first, int64_t last);
 };
 
 // Null when this build has no code for the instruction set.
 const Kernels* kernels_for(Isa isa);
 
-// A 64-byte aligned buffer owned by the calling thread and reused between calls; contents are undefined. FFT and
-// Toeplitz plans stay below kMaxScratchBytes; a direct plan holds one window of (halo + a few) rows by (halo +
-// tile) columns, which only an extreme dilation makes large.
+// A 64-byte aligned buffer owned by the calling thread and reused between calls; contents are undefined. FFT
+// and Toeplitz plans stay below kMaxScratchBytes; a direct plan holds one window of (halo + a few) rows by
+// (halo + tile) columns, which only an extreme dilation makes large.
 void* thread_scratch_bytes(size_t bytes);
 template <class T>
 T* thread_scratch(int64_t count) {

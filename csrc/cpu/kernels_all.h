@@ -7,14 +7,30 @@
 #include "direct_weight.h"
 #include "fft.h"
 #include "fft_conv.h"
+#include "merge.h"
+#include "scaled_sum.h"
 
 namespace lkconv::cpu::LKCONV_ISA {
 
 inline constexpr Kernels kKernels = {
-    kLanes<float>,          kLanes<double>, forward_direct<float>,
-    forward_direct<double>, forward_fft,    weight_direct<float>,
-    weight_direct<double>,  weight_fft,     weight_reduce<float>,
-    weight_reduce<double>,  nullptr,        nullptr,
+    kLanes<float>,
+    kLanes<double>,
+    forward_direct<float>,
+    forward_direct<double>,
+    forward_fft,
+    weight_direct<float>,
+    weight_direct<double>,
+    weight_fft,
+    weight_reduce<float>,
+    weight_reduce<double>,
+    nullptr,
+    nullptr,
+    merge_kernels<float>,
+    merge_kernels<double>,
+    merge_kernels_backward<float>,
+    merge_kernels_backward<double>,
+    scaled_sum<float>,
+    scaled_sum<double>,
 };
 
 }  // namespace lkconv::cpu::LKCONV_ISA

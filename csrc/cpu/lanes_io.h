@@ -69,11 +69,10 @@ LKCONV_INLINE void load_block(Vec<T>* r, const Lanes<T>& in, int64_t offset, int
 #pragma GCC unroll 16
     for (int l = 0; l < L; ++l) r[l] = load_as(reinterpret_cast<const S*>(in.base[l]) + offset, T());
   } else {
+    // A constant trip count keeps r in registers; unused lanes have no address to compute with.
     for (int l = 0; l < L; ++l) {
-      r[l] = Vec<T>{};
-      if (l >= in.count) continue;
-      const S* p = reinterpret_cast<const S*>(in.base[l]) + offset;
-      r[l] = n == L ? load_as(p, T()) : load_part(p, n, T());
+      const S* p = l < in.count ? reinterpret_cast<const S*>(in.base[l]) + offset : nullptr;
+      r[l] = !p ? Vec<T>{} : n == L ? load_as(p, T()) : load_part(p, n, T());
     }
   }
   transpose<T>(r);

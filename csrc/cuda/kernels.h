@@ -22,6 +22,9 @@ Kernel<ToeplitzForwardParams> toeplitz_forward_kernel(DType dtype, int m_tiles, 
 // Block diagonals per warp: 4 (with 4 kernel rows) or 7 (with 2).
 Kernel<ToeplitzWeightParams> toeplitz_weight_kernel(DType dtype, int diagonals);
 
+// Accumulates in float64 if `wide`.
+Kernel<MergeParams> merge_kernel(bool wide, bool backward);
+
 constexpr int toeplitz_weight_rows(int diagonals) { return diagonals == 4 ? 4 : 2; }
 
 struct KernelName {
@@ -30,5 +33,6 @@ struct KernelName {
 };
 void append_direct_kernels(std::vector<KernelName>& names);
 void append_toeplitz_kernels(std::vector<KernelName>& names);
+void append_merge_kernels(std::vector<KernelName>& names);
 
 }  // namespace lkconv::cuda

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../conv_params.h"
+
 namespace lkconv::cuda {
 
 // A tensor as kernels see it: address and element strides.
@@ -110,5 +112,40 @@ struct PackParams {
   int from_channels_fast, to_channels_fast;  // which index consecutive threads should take
   int channel_tiles, pixel_tiles;
 };
+
+// ---- merge ----
+
+constexpr int kMergeThreads = 128;
+constexpr int kMergeBranches = 24;  // of one launch: with as many biases they fill 3 of the 4 KB of arguments
+
+struct MergeBranchParams {
+  const void* weight;  // (channel, u, v)
+  int64_t stride_c, stride_h, stride_w;
+  const void* scale;  // or null
+  int64_t scale_stride;
+  void *grad_weight, *grad_scale;  // contiguous; grad_scale or null
+  int kernel_h, kernel_w, offset_h, offset_w, step_h, step_w;
+  DType weight_dtype, scale_dtype;
+};
+
+struct MergeVectorParams {
+  void* data;
+  int64_t stride;
+  DType dtype;
+};
+
+struct MergeParams {
+  int64_t channels;
+  int kernel_h, kernel_w;
+  void* kernel;   // (channels, kernel_h, kernel_w) without gaps: the fold's result, or its gradient
+  void* partial;  // accumulators, where the branches take several launches
+  MergeVectorParams bias;
+  DType kernel_dtype;
+  bool first, last;  // of the launches that sum up one kernel
+  int branch_count, bias_count;
+  MergeBranchParams branches[kMergeBranches];
+  MergeVectorParams biases[kMergeBranches];
+};
+static_assert(sizeof(MergeParams) <= 4096, "more than a kernel's arguments may take");
 
 }  // namespace lkconv::cuda

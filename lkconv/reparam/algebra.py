@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lkconv.reparam.geometry import Geometry, Placement, place_geometry
+from lkconv.reference_merge import fold_dtype, spread_and_pad
+from lkconv.reparam.geometry import Geometry, place_geometry
 
 
 @dataclass
@@ -30,34 +31,6 @@ class Branch:
     scale: Tensor | None = None
     bias: Tensor | None = None
     name: str = "branch"
-
-
-def fold_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any operand is, else float32: the precision in which kernels are folded."""
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32
-
-
-def spread_and_pad(weight: Tensor, placement: Placement, kernel_size: tuple[int, int]) -> Tensor:
-    """``weight`` (..., kh, kw) as (..., *kernel_size): taps at the placement, zeros elsewhere."""
-    (offset_h, offset_w), (step_h, step_w) = placement
-    *lead, kh, kw = weight.shape
-    if step_h > 1 or step_w > 1:
-        stuffed = F.pad(weight.reshape(*lead, kh, 1, kw, 1), (0, step_w - 1, 0, 0, 0, step_h - 1))
-        weight = stuffed.reshape(*lead, kh * step_h, kw * step_w)
-    # The right and bottom padding may be negative: it crops the zeros stuffed after the last tap.
-    right = kernel_size[1] - offset_w - kw * step_w
-    bottom = kernel_size[0] - offset_h - kh * step_h
-    if not (offset_h or offset_w or right or bottom):
-        return weight
-    return F.pad(weight, (offset_w, right, offset_h, bottom))
-
-
-def gather_taps(kernel: Tensor, placement: Placement, kernel_size: tuple[int, int]) -> Tensor:
-    """The transpose of :func:`spread_and_pad`: the branch's taps (..., kh, kw) read out of ``kernel``."""
-    (oh, ow), (sh, sw) = placement
-    kh, kw = kernel_size
-    return kernel[..., oh : oh + sh * (kh - 1) + 1 : sh, ow : ow + sw * (kw - 1) + 1 : sw]
 
 
 def place(weight: Tensor, branch: Geometry, target: Geometry, name: str = "branch") -> Tensor:

@@ -26,8 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lkconv.reparam import convolution
-from lkconv.reparam.algebra import fold_dtype, spread_and_pad
+from lkconv.reparam.algebra import fold_dtype
 from lkconv.reparam.geometry import Geometry, place_geometry
+from lkconv.reparam.merge_depthwise_kernels import merge_depthwise_kernels
+from lkconv.reparam.scaled_channel_sum import scaled_channel_sum
 
 
 @dataclass(frozen=True)
@@ -91,27 +93,20 @@ def plain_sum(
     return out
 
 
-def _channelwise(vector: Tensor, like: Tensor) -> Tensor:
-    return vector.to(like.dtype).reshape(1, -1, 1, 1)
-
-
 def _merged_output(
     input: Tensor, weights: Sequence[Tensor | None], scales: Tensor, shift: Tensor, spec: SumSpec
 ) -> Tensor:
     """One convolution with the kernel sum_b place_b(s_b W_b)."""
-    kernel = None
-    for b, weight in enumerate(weights):
-        geometry = spec.geometries[b]
+    kernels, placements = [], []
+    for b, (weight, geometry) in enumerate(zip(weights, spec.geometries, strict=True)):
         if weight is None or geometry is None:
             weight = scales.new_ones(scales.shape[1], 1, 1, 1)
             geometry = Geometry((1, 1), groups=spec.target.groups)
-        placement = place_geometry(geometry, spec.target, f"branch {b}")
-        placed = spread_and_pad(
-            weight.to(scales.dtype) * scales[b].reshape(-1, 1, 1, 1), placement, spec.target.kernel_size
-        )
-        kernel = placed if kernel is None else kernel + placed
-    assert kernel is not None
-    return convolution.forward(input, kernel.to(input.dtype), shift.to(input.dtype), spec.target)
+        kernels.append(weight)
+        placements.append(place_geometry(geometry, spec.target, f"branch {b}"))
+    size = spec.target.kernel_size
+    kernel, bias = merge_depthwise_kernels(kernels, scales.unbind(), [shift], size, placements, input.dtype)
+    return convolution.forward(input, kernel, bias, spec.target)
 
 
 class BatchStatisticsSum(torch.autograd.Function):
@@ -148,9 +143,7 @@ class BatchStatisticsSum(torch.autograd.Function):
             if beta is not None:
                 shift = shift + beta.to(shift.dtype)
         if spec.keep:
-            out = torch.addcmul(_channelwise(shift, input), outputs[0], _channelwise(scales[0], input))
-            for b, y in enumerate(outputs[1:], start=1):
-                out.addcmul_(y, _channelwise(scales[b], input))
+            out = scaled_channel_sum(outputs, scales, shift)
         else:
             out = _merged_output(input, weights, scales, shift, spec)
         ctx.save_for_backward(input, means, inverse, *weights, *gammas, *betas, *outputs)
@@ -239,5 +232,4 @@ def _normalised_gradient(grad, y, gamma, mean, inverse, total, dot, count):
     scale = inverse if gamma is None else inverse * gamma
     slope = -scale * inverse * dot / count
     constant = -scale * total / count - slope * mean
-    dz = torch.addcmul(_channelwise(constant, grad), grad, _channelwise(scale, grad))
-    return dz.addcmul_(y, _channelwise(slope, grad))
+    return scaled_channel_sum([grad, y], torch.stack([scale, slope]), constant)

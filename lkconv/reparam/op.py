@@ -1,9 +1,9 @@
 """``lkconv::merged_depthwise_conv2d``: fold all branches, then run one depthwise convolution.
 
-Forward: K = sum_b place_b(s_b W_b), bias = sum_b bias_b, one convolution.
+Forward: K = sum_b place_b(s_b W_b), bias = sum_b bias_b in one kernel, one convolution.
 Backward, with G = dL/dK (one backward_weight) and g = dL/dbias: dW_b = s_b gather_b(G),
-ds_b = <gather_b(G), W_b>, dbias_b = g, and one backward_input on K. K is folded again rather than saved: it
-costs C K^2 multiply-adds per branch, nothing beside a convolution over an image.
+ds_b = <gather_b(G), W_b>, dbias_b = g in one kernel, and one backward_input on K. K is folded again rather
+than saved: it costs a multiply-add per tap of each branch, nothing beside a convolution over an image.
 
 The schema is flat because op schemas know no structures: branch b uses elements 2b and 2b + 1 of
 ``branch_padding`` and ``branch_dilation``; ``scales`` is empty or has one (O,) vector per branch; ``biases``
@@ -12,17 +12,19 @@ are simply added up, so there may be any number of them.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
 
 from lkconv.ops import AUTOCAST_DEVICES
 from lkconv.reparam import convolution
-from lkconv.reparam.algebra import fold_dtype, gather_taps, spread_and_pad
+from lkconv.reparam.algebra import fold_dtype
 from lkconv.reparam.geometry import Geometry, Placement, place_geometry
+from lkconv.reparam.merge_depthwise_kernels import (
+    merge_depthwise_kernels,
+    merge_depthwise_kernels_backward,
+)
 
 NAME = "lkconv::merged_depthwise_conv2d"
 SCHEMA = (
@@ -51,20 +53,6 @@ def _placements(
     return found
 
 
-def _fold(
-    weights: Sequence[Tensor], scales: Sequence[Tensor], placements: Sequence[Placement], target: Geometry
-) -> Tensor:
-    """The dense kernel in float32 or float64."""
-    dtype = fold_dtype(*weights, *scales)
-    kernels = []
-    for b, weight in enumerate(weights):
-        scaled = weight.to(dtype)
-        if scales:
-            scaled = scaled * scales[b].to(dtype).reshape(-1, 1, 1, 1)
-        kernels.append(spread_and_pad(scaled, placements[b], target.kernel_size))
-    return reduce(operator.add, kernels)
-
-
 def _target(
     kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ):
@@ -91,12 +79,10 @@ def _forward(
 ) -> Tensor:
     target = _target(kernel_size, stride, padding, dilation)
     placements = _placements(weights, _static_size(input), target, branch_padding, branch_dilation)
-    kernel = _fold(weights, scales, placements, target).to(input.dtype)
-    bias = None
-    if biases:
-        dtype = fold_dtype(*biases)
-        bias = reduce(operator.add, (b.to(dtype) for b in biases)).to(input.dtype)
-    return convolution.forward(input, kernel, bias, target)
+    kernel, bias = merge_depthwise_kernels(
+        weights, scales, biases, target.kernel_size, placements, input.dtype
+    )
+    return convolution.forward(input, kernel, bias if biases else None, target)
 
 
 def _fake(input: Tensor, weights: list[Tensor], *rest) -> Tensor:
@@ -107,40 +93,47 @@ def _fake(input: Tensor, weights: list[Tensor], *rest) -> Tensor:
 
 def _setup_context(ctx, inputs, output) -> None:
     input, weights, scales, biases, *geometry = inputs
-    ctx.save_for_backward(input, *weights, *scales)
+    ctx.save_for_backward(input, *weights, *scales, *biases)
     ctx.counts = (len(weights), len(scales))
-    ctx.bias_dtypes = [b.dtype for b in biases]
     ctx.geometry = geometry
 
 
 def _backward(ctx, grad: Tensor):
     """Written in differentiable operations alone, so it is also its own double backward."""
     input, *rest = ctx.saved_tensors
-    weights, scales = rest[: ctx.counts[0]], rest[ctx.counts[0] :]
+    split = sum(ctx.counts)
+    weights, scales, biases = rest[: ctx.counts[0]], rest[ctx.counts[0] : split], rest[split:]
     target = _target(*ctx.geometry[:4])
     placements = _placements(weights, _static_size(input), target, *ctx.geometry[4:])
     need_input, need_weights, need_scales, need_biases = ctx.needs_input_grad[:4]
     grad_input = None
     if need_input:
-        kernel = _fold(weights, scales, placements, target).to(input.dtype)
+        kernel, _ = merge_depthwise_kernels(weights, scales, [], target.kernel_size, placements, input.dtype)
         grad_input = convolution.backward_input(grad, kernel, tuple(input.shape), target)
-    grad_weights: list[Tensor | None] = [None] * len(weights)
-    grad_scales: list[Tensor | None] = [None] * len(scales)
+    grad_bias = grad.sum((0, 2, 3), dtype=fold_dtype(grad)) if any(need_biases) else None
     if any(need_weights) or any(need_scales):
-        dtype = fold_dtype(*weights, *scales)
-        grad_kernel = convolution.backward_weight(grad, input, target).to(dtype)
-        for b, weight in enumerate(weights):
-            taps = gather_taps(grad_kernel, placements[b], (weight.shape[2], weight.shape[3]))
-            if need_weights[b]:
-                scaled = taps * scales[b].to(dtype).reshape(-1, 1, 1, 1) if scales else taps
-                grad_weights[b] = scaled.to(weight.dtype)
-            if scales and need_scales[b]:
-                grad_scales[b] = (taps * weight.to(dtype)).sum((1, 2, 3)).to(scales[b].dtype)
-    grad_biases: list[Tensor | None] = [None] * len(ctx.bias_dtypes)
-    if any(need_biases):
-        total = grad.sum((0, 2, 3), dtype=fold_dtype(grad))
-        grad_biases = [total.to(d) if n else None for d, n in zip(ctx.bias_dtypes, need_biases, strict=True)]
-    return grad_input, grad_weights, grad_scales, grad_biases, *[None] * len(ctx.geometry)
+        grads = _gather(grad, grad_bias, input, (weights, scales, biases), target, placements)
+    else:
+        grads = [None] * len(weights), [None] * len(scales), _cast(grad_bias, biases, need_biases)
+    return grad_input, *grads, *[None] * len(ctx.geometry)
+
+
+def _gather(grad, grad_bias, input, operands, target, placements):
+    """Gradients of weights, scales and biases from that of the merged kernel."""
+    weights, scales, biases = operands
+    grad_kernel = convolution.backward_weight(grad, input, target)
+    if grad_bias is None:
+        unused = grad_kernel.new_empty(grad_kernel.shape[0])
+        found = merge_depthwise_kernels_backward(grad_kernel, unused, weights, scales, [], placements)
+        return found[0], found[1], [None] * len(biases)
+    return merge_depthwise_kernels_backward(grad_kernel, grad_bias, weights, scales, biases, placements)
+
+
+def _cast(grad_bias: Tensor | None, biases: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    return [
+        grad_bias.to(b.dtype) if n and grad_bias is not None else None
+        for b, n in zip(biases, needed, strict=True)
+    ]
 
 
 torch.library.define(NAME, SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))

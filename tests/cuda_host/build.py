@@ -26,6 +26,12 @@ SOURCES = (
     "tests/cuda_host/fiber.cpp",
     "tests/cuda_host/driver.cpp",
 )
+MERGE_SOURCES = (
+    "csrc/cuda/kernels_merge.cu",
+    "tests/cuda_host/cuda_shim.cpp",
+    "tests/cuda_host/fiber.cpp",
+    "tests/cuda_host/merge_driver.cpp",
+)
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 
 
@@ -67,18 +73,20 @@ def compile_object(source: Path, include: list[Path], flags: tuple[str, ...]) ->
     return target
 
 
-def build_driver(tree: Path = ROOT, sanitize: bool = True) -> Path:
+def build_driver(
+    tree: Path = ROOT, sanitize: bool = True, sources: tuple[str, ...] = SOURCES, name: str = "driver"
+) -> Path:
     """The driver of the kernels under `tree`/csrc; unsanitized builds compile faster, for mutation checks."""
     flags = ("-g1", "-Wall", "-Wno-unknown-pragmas", *(("-O1", *SANITIZE) if sanitize else ("-O0",)))
     include = [tree / "csrc", ROOT / "tests" / "cuda_host"]
 
-    def build(name: str) -> Path:
-        return compile_object((tree if name.startswith("csrc") else ROOT) / name, include, flags)
+    def build(source: str) -> Path:
+        return compile_object((tree if source.startswith("csrc") else ROOT) / source, include, flags)
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        objects = list(pool.map(build, SOURCES))
+        objects = list(pool.map(build, sources))
     digest = hashlib.sha256(" ".join(str(o) for o in objects).encode()).hexdigest()[:20]
-    driver = CACHE / f"driver-{digest}"
+    driver = CACHE / f"{name}-{digest}"
     if not driver.exists():
         link = [str(compiler()), *(SANITIZE if sanitize else ()), *map(str, objects)]
         partial = driver.with_suffix(f".{os.getpid()}")

@@ -32,6 +32,7 @@ ENVIRONMENT = {
 }
 PROCESSES = 2
 CONVOLUTIONS = 1500  # per process
+MERGES = 2000
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +44,7 @@ def sources() -> list[Path]:
 
 def compile_object(source: Path) -> Path:
     target = OUTPUT / f"{source.stem}.o"
-    inputs = [source, Path(__file__), *CSRC.glob("*.h"), *(CSRC / "cpu").glob("*.h")]
+    inputs = [source, Path(__file__), *HERE.glob("*.h"), *CSRC.glob("*.h"), *(CSRC / "cpu").glob("*.h")]
     if target.exists() and target.stat().st_mtime > max(p.stat().st_mtime for p in inputs):
         return target
     # fuzz.cpp has a scratch allocator of its own; the library's one is compiled under another name.
@@ -62,7 +63,7 @@ def fuzz() -> str:
     if run([COMPILER, *FLAGS, str(probe), "-o", str(OUTPUT / "probe")]).returncode != 0:
         pytest.skip(f"{COMPILER} has no address and undefined-behaviour sanitizers")
     with exclusive("sanitizer"), concurrent.futures.ThreadPoolExecutor(PROCESSES) as pool:
-        slowest_first = sorted([*sources(), HERE / "fuzz.cpp"], key=lambda p: "kernels" not in p.name)
+        slowest_first = sorted([*sources(), *HERE.glob("*.cpp")], key=lambda p: "kernels" not in p.name)
         objects = list(pool.map(compile_object, slowest_first))
         program = OUTPUT / "fuzz"
         if not program.exists() or program.stat().st_mtime < max(o.stat().st_mtime for o in objects):
@@ -92,6 +93,14 @@ def test_random_convolutions(fuzz):
 
 def test_random_convolutions_without_fft(fuzz):
     assert "0 failures" in execute(fuzz, 900001, CONVOLUTIONS // 3, LKCONV_FFT="0")
+
+
+def test_random_merges(fuzz):
+    assert f"{MERGES} merges, 0 failures" in execute(fuzz, "merge", 1, MERGES)
+
+
+def test_random_scaled_sums(fuzz):
+    assert f"{MERGES} sums, 0 failures" in execute(fuzz, "sum", 1, MERGES)
 
 
 def test_tensors_wider_than_31_bits(fuzz):
