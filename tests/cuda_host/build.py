@@ -16,16 +16,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "cuda_host"
-SOURCES = (
-    "csrc/cuda/kernels_direct.cu",
-    "csrc/cuda/kernels_toeplitz.cu",
-    "csrc/cuda/planner.cpp",
-    "csrc/cuda/planner_direct.cpp",
-    "csrc/cuda/planner_toeplitz.cpp",
-    "tests/cuda_host/cuda_shim.cpp",
-    "tests/cuda_host/fiber.cpp",
-    "tests/cuda_host/driver.cpp",
-)
+EMULATOR = ("tests/cuda_host/cuda_shim.cpp", "tests/cuda_host/fiber.cpp")
+SOURCES = {
+    "driver": (
+        "csrc/cuda/kernels_direct.cu",
+        "csrc/cuda/kernels_toeplitz.cu",
+        "csrc/cuda/planner.cpp",
+        "csrc/cuda/planner_direct.cpp",
+        "csrc/cuda/planner_toeplitz.cpp",
+        "tests/cuda_host/driver.cpp",
+        *EMULATOR,
+    ),
+    "group_mix_driver": (
+        "csrc/cuda/kernels_group_mix.cu",
+        "csrc/cuda/kernels_group_mix_attention.cu",
+        "csrc/cuda/planner_group_mix.cpp",
+        "tests/cuda_host/group_mix_driver.cpp",
+        *EMULATOR,
+    ),
+}
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 
 
@@ -67,18 +76,18 @@ def compile_object(source: Path, include: list[Path], flags: tuple[str, ...]) ->
     return target
 
 
-def build_driver(tree: Path = ROOT, sanitize: bool = True) -> Path:
-    """The driver of the kernels under `tree`/csrc; unsanitized builds compile faster, for mutation checks."""
+def build_driver(tree: Path = ROOT, sanitize: bool = True, name: str = "driver") -> Path:
+    """A driver of the kernels under `tree`/csrc; unsanitized builds compile faster, for mutation checks."""
     flags = ("-g1", "-Wall", "-Wno-unknown-pragmas", *(("-O1", *SANITIZE) if sanitize else ("-O0",)))
     include = [tree / "csrc", ROOT / "tests" / "cuda_host"]
 
-    def build(name: str) -> Path:
-        return compile_object((tree if name.startswith("csrc") else ROOT) / name, include, flags)
+    def build(source: str) -> Path:
+        return compile_object((tree if source.startswith("csrc") else ROOT) / source, include, flags)
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        objects = list(pool.map(build, SOURCES))
+        objects = list(pool.map(build, SOURCES[name]))
     digest = hashlib.sha256(" ".join(str(o) for o in objects).encode()).hexdigest()[:20]
-    driver = CACHE / f"driver-{digest}"
+    driver = CACHE / f"{name}-{digest}"
     if not driver.exists():
         link = [str(compiler()), *(SANITIZE if sanitize else ()), *map(str, objects)]
         partial = driver.with_suffix(f".{os.getpid()}")
