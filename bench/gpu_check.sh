@@ -51,15 +51,16 @@ for k in cuda.resources():
 '
 
 if wants test; then
-  SHOW=15 step test 420 "$PYTHON" -m pytest -q -m gpu tests/test_cuda_gpu.py -p no:cacheprovider
+  SHOW=15 step test 420 "$PYTHON" -m pytest -q -m gpu tests/test_cuda_gpu.py tests/test_cuda_group_mix_gpu.py -p no:cacheprovider
 fi
 
 if wants sanitize; then
   # A case of every kernel family: small, since the tools slow kernels a hundredfold.
   few='test_case and auto and (2x3x9x11 or 17x1x14x14 or 1x2x20x24 or 2x20x9x11) and (f32 or bf16)'
+  few="($few) or ((test_aggregate or test_attention_core) and d16-2x9x11 and (float32 or bfloat16))"
   for tool in memcheck racecheck; do
     step "$tool" 240 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \
-      "$PYTHON" -m pytest -q -x -m gpu tests/test_cuda_gpu.py -p no:cacheprovider -k "$few"
+      "$PYTHON" -m pytest -q -x -m gpu tests/test_cuda_gpu.py tests/test_cuda_group_mix_gpu.py -p no:cacheprovider -k "$few"
   done
 fi
 

@@ -102,7 +102,7 @@ def check(driver: Path, folder: Path, case: Case, dtype: torch.dtype, t: Operand
 
 @pytest.fixture(scope="module")
 def driver() -> Path:
-    return build.build_driver(sources=build.MERGE_SOURCES, name="merge-driver")
+    return build.build_driver(name="merge_driver")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,7 +139,7 @@ def test_broken_kernels_are_caught(name, tmp_path):
     source = path.read_text()
     assert source.count(text) == 1, "the mutated text must occur once"
     path.write_text(source.replace(text, replacement))
-    driver = build.build_driver(tmp_path, False, build.MERGE_SOURCES, "merge-driver")
+    driver = build.build_driver(tmp_path, False, "merge_driver")
     case = MORE_THAN_A_LAUNCH if "launches" in name else SIDE
     with pytest.raises(AssertionError, match=r"order of threads|error\("):
         check(driver, tmp_path, case, torch.float32)

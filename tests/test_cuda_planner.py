@@ -10,6 +10,10 @@ import torch
 if torch.version.cuda is None or importlib.util.find_spec("lkconv._C_cuda") is None:
     pytest.skip("the CUDA module lkconv._C_cuda was not built", allow_module_level=True)
 
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lkconv
 import lkconv._C_cuda as cuda
 
 PASSES = ("forward", "backward_input", "backward_weight")
@@ -99,6 +103,86 @@ def test_channels_last_packs_for_the_matrix_units_only() -> None:
     assert plans("forward", size, 3, "bfloat16", channels_last=True)[0]["packs"] == 0
 
 
+GROUP_MIX_OPS = (
+    "aggregate", "mix", "normalize", "backward_reduce", "backward", "attention", "attention_backward"
+)  # fmt: skip
+# (B, H, W, d): stages of published models; odd, thin and single-token maps; wide segments.
+TOKENS: tuple[Size, ...] = (
+    (64, 56, 56, 8), (32, 56, 56, 40), (256, 28, 28, 32), (8, 14, 14, 64), (1, 7, 7, 96), (1, 1, 1, 10),
+    (2, 1, 3000, 16), (2, 37, 1, 24), (1, 512, 512, 16), (3, 9, 9, 250),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("op", GROUP_MIX_OPS)
+def test_group_mix_ops_are_registered_for_cuda(op: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lkconv::group_mix_{op}", "CUDA")
+
+
+class Calls(TorchDispatchMode):
+    """Notes the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", (False, True))
+def test_cuda_tensors_take_the_group_mix_ops(training: bool) -> None:
+    """Tensors without data on a GPU that need not exist: what would run there."""
+    with FakeTensorMode(), Calls() as calls, torch.device("cuda"):
+        module = lkconv.GroupMixAttention(80).train(training)
+        out = module(torch.randn(2, 196, 80), (14, 14))
+    assert out.device.type == "cuda" and out.shape == (2, 196, 80)
+    aggregation = {"mix", "normalize"} if training else {"aggregate"}
+    expected = {f"lkconv::group_mix_{name}" for name in (*aggregation, "attention")}
+    assert {n for n in calls.names if n.startswith("lkconv::")} == expected
+    assert not any("convolution" in n or "batch_norm" in n for n in calls.names)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("op", GROUP_MIX_OPS)
+@pytest.mark.parametrize("dtype", ("float64", "float32", "bfloat16"))
+def test_group_mix_launches_fit_their_machine(dtype: str, op: str, machine: Machine) -> None:
+    sms, block, sm = machine
+    for size in TOKENS:
+        plan = cuda.plan_group_mix(
+            f"group_mix_{op}", size, dtype, sms=sms, shared_per_block=block, shared_per_sm=sm
+        )
+        for launch in plan["launches"]:
+            assert launch["shared_bytes"] <= block, (size, launch)
+            assert launch["threads"] == 256 and 0 < launch["blocks"] < 2**31, (size, launch)
+
+
+def test_group_mix_needs_few_launches_and_little_memory() -> None:
+    """A block of model S, 14 x 14: launches of each op, and workspaces in units of qkv."""
+    size = (32, 14, 14, 64)
+    expected = {
+        "aggregate": 7, "mix": 7, "normalize": 3, "backward_reduce": 4, "backward": 16, "attention": 7,
+        "attention_backward": 8,
+    }  # fmt: skip
+    tokens = 32 * 196 * 15 * 64 * 2
+    for op, count in expected.items():
+        plan = cuda.plan_group_mix(f"group_mix_{op}", size, "bfloat16")
+        assert len(plan["launches"]) <= count, op
+        assert plan["workspace_bytes"] <= (4 if op == "backward" else 1) * tokens, op
+    with pytest.raises(ValueError, match="unknown op"):
+        cuda.plan_group_mix("group_mix", size, "bfloat16")
+
+
+def test_group_mix_fills_the_machine() -> None:
+    """One image is cut until every SM has work or tiles have 64 pixels."""
+    tiled = ("aggregate", "attention_forward", "depthwise_backward")
+    for d in (8, 16, 40):
+        for op in ("aggregate", "attention", "backward"):
+            for launch in cuda.plan_group_mix(f"group_mix_{op}", (1, 56, 56, d), "bfloat16")["launches"]:
+                if launch["name"].removeprefix("group_mix_") in tiled:
+                    assert launch["blocks"] >= 49, launch
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown pass"):
         plans("sideways", (1, 1, 8, 8), 3, "float32")
@@ -108,4 +192,4 @@ def test_unknown_names_are_refused() -> None:
 
 def test_introspection() -> None:
     assert all(a.startswith("sm_") for a in cuda.architectures())
-    assert len(cuda.kernels()) == len(set(cuda.kernels())) == 50
+    assert len(cuda.kernels()) == len(set(cuda.kernels())) == 130

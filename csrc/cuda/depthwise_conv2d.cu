@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "../op_arguments.h"
+#include "group_mix_kernels.h"
 #include "run.h"
 #include "stream_executor.h"
 
@@ -61,6 +62,8 @@ std::vector<KernelName> all_kernels() {
   append_direct_kernels(names);
   append_toeplitz_kernels(names);
   append_merge_kernels(names);
+  append_group_mix_kernels(names);
+  append_group_mix_attention_kernels(names);
   return names;
 }
 

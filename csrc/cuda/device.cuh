@@ -3,6 +3,7 @@
 // tested on machines without a GPU. Knows nothing of torch.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #ifdef __CUDACC__
@@ -61,6 +62,13 @@ LK_DEVICE float round_to_tf32(float f) {
 LK_DEVICE uint32_t float_bits(float f) { return __float_as_uint(f); }
 LK_DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 LK_DEVICE double fused_multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
+LK_DEVICE float exponential(float a) { return expf(a); }
+LK_DEVICE double exponential(double a) { return exp(a); }
+LK_DEVICE float square_root(float a) { return sqrtf(a); }
+LK_DEVICE double square_root(double a) { return sqrt(a); }
+LK_DEVICE float natural_log(float a) { return logf(a); }
+LK_DEVICE double natural_log(double a) { return log(a); }
 
 LK_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
@@ -139,6 +147,12 @@ LK_DEVICE float round_to_tf32(float f) {
 }
 LK_DEVICE float fused_multiply_add(float a, float b, float c) { return a * b + c; }
 LK_DEVICE double fused_multiply_add(double a, double b, double c) { return a * b + c; }
+LK_DEVICE float exponential(float a) { return std::exp(a); }
+LK_DEVICE double exponential(double a) { return std::exp(a); }
+LK_DEVICE float square_root(float a) { return std::sqrt(a); }
+LK_DEVICE double square_root(double a) { return std::sqrt(a); }
+LK_DEVICE float natural_log(float a) { return std::log(a); }
+LK_DEVICE double natural_log(double a) { return std::log(a); }
 
 LK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) { shim::ldmatrix(r, 4, false, row); }
 LK_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { shim::ldmatrix(r, 4, true, row); }

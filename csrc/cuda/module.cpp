@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "depthwise_conv2d.h"
+#include "group_mix_run.h"
 
 namespace py = pybind11;
 
@@ -138,6 +139,52 @@ std::vector<py::dict> resources() {
   return out;
 }
 
+// Notes launches and workspaces instead of making them.
+struct Recorder {
+  Machine description;
+  py::list launches;
+  int64_t workspace_bytes = 0;
+
+  Machine machine() const { return description; }
+  void* workspace(int64_t bytes) {
+    workspace_bytes += bytes;
+    return nullptr;
+  }
+  template <class P>
+  void launch(const char* name, Kernel<P>, const LaunchShape& s, const P&) {
+    py::dict d;
+    d["name"] = name;
+    d["blocks"] = s.blocks;
+    d["threads"] = s.threads;
+    d["shared_bytes"] = s.shared_bytes;
+    launches.append(d);
+  }
+};
+
+void run_group_mix(Recorder& r, const std::string& op, const TokenSizes& s, DType dtype) {
+  AggregateCall a;
+  AttentionCall c;
+  a.sizes = c.sizes = s, a.dtype = c.dtype = dtype;
+  if (op == "group_mix_aggregate") return run_aggregate(r, a);
+  if (op == "group_mix_mix") return run_mix(r, a);
+  if (op == "group_mix_normalize") return run_normalize(r, a);
+  if (op == "group_mix_backward_reduce") return run_backward_reduce(r, a);
+  if (op == "group_mix_backward") return run_backward(r, a);
+  if (op == "group_mix_attention") return run_attention(r, c);
+  if (op == "group_mix_attention_backward") return run_attention_backward(r, c);
+  throw std::invalid_argument("unknown op " + op);
+}
+
+py::dict plan_group_mix(const std::string& op, std::array<int64_t, 4> size, const std::string& dtype_name,
+                        int64_t sms, int64_t shared_per_block, int64_t shared_per_sm) {
+  Recorder r{{sms, shared_per_block, shared_per_sm}, py::list(), 0};
+  run_group_mix(r, op, {size[0], size[1], size[2], size[3]}, parse_dtype(dtype_name));
+  py::dict d;
+  d["launches"] = r.launches;
+  d["workspace_bytes"] = r.workspace_bytes;
+  return d;
+}
+
 py::dict machine() {
   const Machine m = current_machine();
   py::dict d;
@@ -166,6 +213,11 @@ PYBIND11_MODULE(_C_cuda, m) {
         py::arg("shared_per_block") = 232448, py::arg("shared_per_sm") = 233472,
         "Candidates of the CUDA planner for one convolution, the chosen one first. The machine defaults to "
         "an H100.");
+  m.def("plan_group_mix", &lkconv::cuda::plan_group_mix, py::arg("op"), py::arg("size"), py::arg("dtype"),
+        py::arg("sms") = 132, py::arg("shared_per_block") = 232448, py::arg("shared_per_sm") = 233472,
+        "Launches of one Group-Mix op on tokens of size (B, H, W, d), with float32 parameters (float64 "
+        "tensors: "
+        "converted), and the bytes of its workspaces.");
   m.def("machine", &lkconv::cuda::machine,
         "The current GPU as plan() wants it: sms, shared_per_block, shared_per_sm.");
   m.def("kernels", &lkconv::cuda::kernel_names, "Names of the compiled kernels.");

@@ -1,12 +1,16 @@
-// What launches kernels for run.h and merge_run.h: the CUDA runtime, on torch's current stream.
+// Launches kernels on torch's current stream. Nothing here waits for the device, so calls can be captured in
+// a graph.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
 #include <vector>
 
 #include "../op_arguments.h"
@@ -14,6 +18,9 @@
 #include "planner.h"
 
 namespace lkconv::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 inline void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, "lkconv: ", what, " failed: ", cudaGetErrorString(error));

@@ -20,9 +20,9 @@ Group = Any  # a torch.distributed process group
 
 
 def native(tokens: Tensor) -> bool:
-    """Whether the compiled kernels, which are the CPU's, take this tensor."""
-    on_cpu = tokens.device.type == "cpu" and tokens.numel() > 0
-    return on_cpu and backends.namespace(tokens.device, tokens.dtype) == "lkconv"
+    """Whether the compiled kernels, which are for CPUs and CUDA GPUs, take this tensor."""
+    compiled = tokens.device.type in ("cpu", "cuda") and tokens.numel() > 0
+    return compiled and backends.namespace(tokens.device, tokens.dtype) == "lkconv"
 
 
 def autocast(tokens: Tensor) -> Tensor:
@@ -208,8 +208,8 @@ def group_mix_aggregate(
     BatchNorm and hardswish; segment 4 of q, k and v together through a depthwise 3 x 3, a 3d -> d pointwise
     convolution, LayerNorm and hardswish. q, k and v share all parameters and BatchNorm statistics.
 
-    On CPUs this is one pass over ``qkv`` in evaluation and two in training, without permuted copies; on other
-    devices, and for empty tensors, it runs as plain PyTorch (:mod:`lkconv.reference`).
+    On CPUs and CUDA GPUs this is one pass over ``qkv`` in evaluation and two in training, without permuted
+    copies; on other devices, and for empty tensors, it runs as plain PyTorch (:mod:`lkconv.reference`).
 
     Args:
         qkv: (B, N, 3 * C), the output of ``Linear(C, 3 * C)``; float64, float32, float16 or bfloat16.

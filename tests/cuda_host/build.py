@@ -16,22 +16,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "cuda_host"
-SOURCES = (
-    "csrc/cuda/kernels_direct.cu",
-    "csrc/cuda/kernels_toeplitz.cu",
-    "csrc/cuda/planner.cpp",
-    "csrc/cuda/planner_direct.cpp",
-    "csrc/cuda/planner_toeplitz.cpp",
-    "tests/cuda_host/cuda_shim.cpp",
-    "tests/cuda_host/fiber.cpp",
-    "tests/cuda_host/driver.cpp",
-)
-MERGE_SOURCES = (
-    "csrc/cuda/kernels_merge.cu",
-    "tests/cuda_host/cuda_shim.cpp",
-    "tests/cuda_host/fiber.cpp",
-    "tests/cuda_host/merge_driver.cpp",
-)
+EMULATOR = ("tests/cuda_host/cuda_shim.cpp", "tests/cuda_host/fiber.cpp")
+SOURCES = {
+    "driver": (
+        "csrc/cuda/kernels_direct.cu",
+        "csrc/cuda/kernels_toeplitz.cu",
+        "csrc/cuda/planner.cpp",
+        "csrc/cuda/planner_direct.cpp",
+        "csrc/cuda/planner_toeplitz.cpp",
+        "tests/cuda_host/driver.cpp",
+        *EMULATOR,
+    ),
+    "group_mix_driver": (
+        "csrc/cuda/kernels_group_mix.cu",
+        "csrc/cuda/kernels_group_mix_attention.cu",
+        "csrc/cuda/planner_group_mix.cpp",
+        "tests/cuda_host/group_mix_driver.cpp",
+        *EMULATOR,
+    ),
+    "merge_driver": ("csrc/cuda/kernels_merge.cu", "tests/cuda_host/merge_driver.cpp", *EMULATOR),
+}
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 
 
@@ -73,10 +77,8 @@ def compile_object(source: Path, include: list[Path], flags: tuple[str, ...]) ->
     return target
 
 
-def build_driver(
-    tree: Path = ROOT, sanitize: bool = True, sources: tuple[str, ...] = SOURCES, name: str = "driver"
-) -> Path:
-    """The driver of the kernels under `tree`/csrc; unsanitized builds compile faster, for mutation checks."""
+def build_driver(tree: Path = ROOT, sanitize: bool = True, name: str = "driver") -> Path:
+    """A driver of the kernels under `tree`/csrc; unsanitized builds compile faster, for mutation checks."""
     flags = ("-g1", "-Wall", "-Wno-unknown-pragmas", *(("-O1", *SANITIZE) if sanitize else ("-O0",)))
     include = [tree / "csrc", ROOT / "tests" / "cuda_host"]
 
@@ -84,7 +86,7 @@ def build_driver(
         return compile_object((tree if source.startswith("csrc") else ROOT) / source, include, flags)
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        objects = list(pool.map(build, sources))
+        objects = list(pool.map(build, SOURCES[name]))
     digest = hashlib.sha256(" ".join(str(o) for o in objects).encode()).hexdigest()[:20]
     driver = CACHE / f"{name}-{digest}"
     if not driver.exists():

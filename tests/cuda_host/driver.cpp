@@ -7,51 +7,14 @@
 #include <cstdio>
 #include <cstring>
 #include <iostream>
-#include <map>
 #include <memory>
 #include <random>
-#include <sstream>
 
 #include "cuda/run.h"
-#include "cuda_shim.h"
+#include "executor.h"
 
 namespace lkconv::cuda {
 namespace {
-
-using Words = std::map<std::string, std::string>;
-
-std::vector<int64_t> numbers(const std::string& text) {
-  std::vector<int64_t> out;
-  std::stringstream s(text);
-  for (std::string part; std::getline(s, part, ',');) out.push_back(std::stoll(part));
-  return out;
-}
-
-struct Executor {
-  shim::Schedule schedule;
-  Machine description;
-  std::vector<std::unique_ptr<unsigned char[]>> memory;
-  std::string launched;
-
-  Machine machine() const { return description; }
-
-  // Exactly as many bytes as asked for, full of NaN.
-  void* workspace(int64_t bytes) {
-    memory.push_back(std::make_unique<unsigned char[]>(size_t(bytes)));
-    std::memset(memory.back().get(), 0xff, size_t(bytes));
-    return memory.back().get();
-  }
-
-  template <class P>
-  void launch(const char* name, Kernel<P> kernel, const LaunchShape& s, const P& params) {
-    if (!kernel) throw std::runtime_error(std::string("no kernel ") + name);
-    if (s.blocks > INT32_MAX || s.shared_bytes > description.shared_per_block)
-      throw std::runtime_error(std::string(name) + ": launch is too large");
-    launched += (launched.empty() ? "" : " ") + std::string(name);
-    shim::run_grid({unsigned(s.blocks), 1, 1}, {unsigned(s.threads), 1, 1}, size_t(s.shared_bytes), schedule,
-                   [&] { kernel(params); });
-  }
-};
 
 double load(const unsigned char* p, DType dtype) {
   if (dtype == DType::f64) return *reinterpret_cast<const double*>(p);
@@ -178,10 +141,7 @@ Difference compare(const Tensor& out, const std::vector<double>& reference,
 std::string run_case(Words& words) {
   const ConvParams p = parse_params(words);
   const std::string pass = words["pass"], dtype_name = words["dtype"], layout = words["layout"];
-  const DType dtype = dtype_name == "f64"    ? DType::f64
-                      : dtype_name == "f16"  ? DType::f16
-                      : dtype_name == "bf16" ? DType::bf16
-                                             : DType::f32;
+  const DType dtype = dtype_named(dtype_name);
   std::mt19937_64 random(std::stoull(words["seed"]));
   const bool forward = pass == "forward", to_input = pass == "backward_input";
   // An output is never an expanded or sliced tensor: the op allocates it.
@@ -212,14 +172,8 @@ std::string run_case(Words& words) {
   if (with_bias)
     for (size_t k = 0; k < reference.size(); ++k) add(k, bias.get(0, int64_t(k) / (g.h * g.w) % g.c, 0, 0));
 
-  Executor e;
-  const std::string order = words["order"], algorithm = words["algorithm"];
-  e.schedule.order = order == "reverse"  ? shim::Order::reverse
-                     : order == "random" ? shim::Order::random
-                                         : shim::Order::forward;
-  e.schedule.seed = std::stoull(words["seed"]);
-  e.description.sms = std::stoll(words["sms"]);
-  e.description.shared_per_block = std::stoll(words["shared"]);
+  Executor e(words);
+  const std::string algorithm = words["algorithm"];
   Switches s;
   s.tf32 = dtype_name == "tf32", s.direct = algorithm != "toeplitz", s.toeplitz = algorithm != "direct";
   shim::counts() = {};
@@ -256,15 +210,17 @@ std::string run_case(Words& words) {
 
 int main() {
   for (std::string line; std::getline(std::cin, line);) {
-    std::map<std::string, std::string> words = {
-        {"multiplier", "1"}, {"stride", "1,1"},    {"padding", "0,0"},    {"dilation", "1,1"},
-        {"layout", "nchw"},  {"order", "forward"}, {"algorithm", "auto"}, {"bias", "0"},
-        {"sms", "4"},        {"shared", "232448"}, {"seed", "1"}};
-    std::stringstream s(line);
-    for (std::string word; s >> word;) {
-      const size_t eq = word.find('=');
-      words[word.substr(0, eq)] = word.substr(eq + 1);
-    }
+    lkconv::cuda::Words words = lkconv::cuda::words_of(line, {{"multiplier", "1"},
+                                                              {"stride", "1,1"},
+                                                              {"padding", "0,0"},
+                                                              {"dilation", "1,1"},
+                                                              {"layout", "nchw"},
+                                                              {"order", "forward"},
+                                                              {"algorithm", "auto"},
+                                                              {"bias", "0"},
+                                                              {"sms", "4"},
+                                                              {"shared", "232448"},
+                                                              {"seed", "1"}});
     try {
       std::cout << lkconv::cuda::run_case(words) << std::endl;
     } catch (const std::exception& error) {
