@@ -52,6 +52,7 @@ for k in cuda.resources():
 
 if wants test; then
   SHOW=15 step test 420 "$PYTHON" -m pytest -q -m gpu tests/test_cuda_gpu.py tests/test_cuda_group_mix_gpu.py -p no:cacheprovider
+  SHOW=15 step test-triton-group-mix 420 "$PYTHON" -m pytest -q -m gpu tests/test_triton_group_mix.py -p no:cacheprovider
 fi
 
 if wants sanitize; then

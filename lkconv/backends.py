@@ -25,11 +25,15 @@ _log = logging.getLogger("lkconv")
 
 
 class Backend(NamedTuple):
-    """``declines(device, dtype)`` gives the reason or None; ``load()`` the ops, None for plain PyTorch."""
+    """``declines(device, dtype)`` gives the reason or None; ``load()`` the ops, None for plain PyTorch.
+
+    ``lacks(family)`` gives the reason why the backend has no kernels for a family of ops, or None.
+    """
 
     name: str
     declines: Callable[[torch.device, torch.dtype], str | None]
     load: Callable[[], Ops | None]
+    lacks: Callable[[str], str | None] = lambda family: None
 
 
 class Choice(NamedTuple):
@@ -80,6 +84,14 @@ def _cuda_declines(device: torch.device, dtype: torch.dtype) -> str | None:
     return cuda_module()[1] or _dtype_reason(dtype)
 
 
+def _cuda_lacks(family: str) -> str | None:
+    """Whether the compiled module serves a family: what it lacks is not with the dispatcher."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if family == "group_mix" and not has_kernel("lkconv::group_mix_aggregate", "CUDA"):
+        return "the CUDA module has no Group-Mix kernels"
+    return None
+
+
 def _triton_declines(device: torch.device, dtype: torch.dtype) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type not in (("cuda", "xpu", "cpu") if interpreted else ("cuda", "xpu")):
@@ -96,9 +108,14 @@ def _triton_declines(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if available else reason
 
 
+FAMILIES = {  # ops that a backend has or has not as a whole -> where their hooks are registered
+    "depthwise_conv2d": "lkconv.ops",
+    "group_mix": "lkconv.attention.registration",
+}
+
 BACKENDS = (
     Backend("cpu", _cpu_declines, lambda: register_hooks("lkconv")),
-    Backend("cuda", _cuda_declines, lambda: register_hooks("lkconv")),
+    Backend("cuda", _cuda_declines, lambda: register_hooks("lkconv"), _cuda_lacks),
     Backend("triton", _triton_declines, lambda: register_hooks("lkconv_triton")),
     Backend("torch", lambda device, dtype: None, lambda: None),
 )
@@ -117,7 +134,7 @@ def _known(name: str, source: str) -> str:
 _environment = (
     _known(os.environ["LKCONV_BACKEND"], "LKCONV_BACKEND") if os.environ.get("LKCONV_BACKEND") else None
 )
-_choices: dict[tuple[str | None, torch.device, torch.dtype], Choice] = {}
+_choices: dict[tuple[str | None, torch.device, torch.dtype, str], Choice] = {}
 
 
 class _Request(threading.local):
@@ -153,18 +170,18 @@ def requested() -> str | None:
     return _request.name
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> Choice:
-    """The backend for tensors of ``device`` and ``dtype`` in this thread."""
-    return _cached((_request.name, device, dtype))
+def choose(device: torch.device, dtype: torch.dtype, family: str = "depthwise_conv2d") -> Choice:
+    """The backend of a family of ops for tensors of ``device`` and ``dtype`` in this thread."""
+    return _cached((_request.name, device, dtype, family))
 
 
-def namespace(device: torch.device, dtype: torch.dtype) -> str | None:
+def namespace(device: torch.device, dtype: torch.dtype, family: str = "depthwise_conv2d") -> str | None:
     """The op namespace of :func:`choose`'s backend, None for plain PyTorch; for code under a compiler."""
-    return _namespace_for(_request.name, device, dtype)
+    return _namespace_for(_request.name, device, dtype, family)
 
 
-def _namespace_for(request: str | None, device: torch.device, dtype: torch.dtype) -> str | None:
-    ops = _cached((request, device, dtype)).ops
+def _namespace_for(request: str | None, device: torch.device, dtype: torch.dtype, family: str) -> str | None:
+    ops = _cached((request, device, dtype, family)).ops
     return None if ops is None else ops.forward.namespace
 
 
@@ -174,25 +191,31 @@ def _namespace_for(request: str | None, device: torch.device, dtype: torch.dtype
 _namespace_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _cached(key: tuple[str | None, torch.device, torch.dtype]) -> Choice:
+def _cached(key: tuple[str | None, torch.device, torch.dtype, str]) -> Choice:
     choice = _choices.get(key)
     if choice is None:
         choice = _choices[key] = _decide(*key)
     return choice
 
 
-def _decide(request: str | None, device: torch.device, dtype: torch.dtype) -> Choice:
+def _decide(
+    request: str | None, device: torch.device, dtype: torch.dtype, family: str = "depthwise_conv2d"
+) -> Choice:
     taken: Backend | None = None
     declined = []
     for backend in sorted(BACKENDS, key=lambda b: b.name != request):  # stable: the request first
+        why = backend.declines(device, dtype) or backend.lacks(family)
         if taken is not None:
             reason = f"{taken.name} comes first" + (" (asked for)" if taken.name == request else "")
-            declined.append((backend.name, backend.declines(device, dtype) or reason))
-        elif (why := backend.declines(device, dtype)) is not None:
+            declined.append((backend.name, why or reason))
+        elif why is not None:
             declined.append((backend.name, ("asked for, but " if backend.name == request else "") + why))
             if backend.name == request:
                 _log.warning("backend %s declines %s tensors of %s: %s", request, device.type, dtype, why)
         else:
             taken = backend
     assert taken is not None  # "torch" never declines
-    return Choice(taken.name, taken.load(), tuple(declined))
+    ops = taken.load()
+    if ops is not None:
+        importlib.import_module(FAMILIES[family]).register_hooks(ops.forward.namespace)
+    return Choice(taken.name, ops, tuple(declined))

@@ -17,6 +17,7 @@ import traceback
 import torch
 
 from triton_checks import CHECKS
+from triton_group_mix_checks import INTERPRETED_CHECKS
 from triton_support import PASSES, check_pass, interpreter_cases, kernels
 
 
@@ -25,7 +26,7 @@ def tests() -> dict[str, object]:
     for case in interpreter_cases():
         for pass_name in PASSES:
             every[f"{pass_name}-{case.name}"] = lambda c=case, p=pass_name: check_pass(c, p, "cpu")
-    return every | CHECKS
+    return every | CHECKS | INTERPRETED_CHECKS
 
 
 def main(results: str, names: list[str]) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +27,21 @@ def kernels(module: str = "") -> Any:
     if importlib.util.find_spec("lkconv.triton_kernels") is None:
         lkconv.__path__.append(str(ROOT))
     return importlib.import_module("lkconv.triton_kernels" + (f".{module}" if module else ""))
+
+
+def run_interpreted(names: list[str], folder: Path) -> dict[str, str | None]:
+    """Runs tests by name in one interpreting process; each test's failure, or None."""
+    results = folder / "results.json"
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "tests" / "triton_interpreted.py"), str(results), *names]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    reports = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    found = {report["name"]: report["failure"] for report in reports}
+    lost = (
+        f"the interpreting process ended ({process.returncode}) before this test:\n{process.stderr[-3000:]}"
+    )
+    return {name: found.get(name, lost) for name in names}
 
 
 @dataclass(frozen=True)

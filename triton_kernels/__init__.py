@@ -1,8 +1,9 @@
-"""Depthwise convolution in Triton: operators in the namespace ``lkconv_triton``.
+"""Depthwise convolution and Group-Mix attention in Triton: operators in the namespace ``lkconv_triton``.
 
-The same schemas, memory formats and results as ``lkconv::depthwise_conv2d*``, for every GPU that Triton
-has a backend for. Autograd, autocast, vmap and sharding are put on by
-``lkconv.ops.register_hooks("lkconv_triton")``.
+The same schemas, memory formats and results as ``lkconv::depthwise_conv2d*`` and ``lkconv::group_mix_*``, for
+every GPU that Triton has a backend for. Autograd, autocast, vmap and sharding are put on by
+``lkconv.ops.register_hooks("lkconv_triton")``, the hooks of Group-Mix by
+``lkconv.attention.registration.register_hooks("lkconv_triton")``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import importlib.util
 
 import torch
+
+import lkconv._C  # noqa: F401  (declares the schemas)
 
 from .machine import is_available, machine_of
 from .planner import Machine, Plan
@@ -52,6 +55,15 @@ MERGE_SCHEMAS = {
         " SymInt[] offset, SymInt[] step) -> (Tensor[], Tensor[], Tensor[])"
     ),
 }
+GROUP_MIX = (  # schemas: csrc/cpu/group_mix_ops.cpp
+    "group_mix_aggregate",
+    "group_mix_mix",
+    "group_mix_normalize",
+    "group_mix_backward_reduce",
+    "group_mix_backward",
+    "group_mix_attention",
+    "group_mix_attention_backward",
+)
 
 
 def _register() -> bool:
@@ -70,6 +82,12 @@ def _register() -> bool:
     for name, schema in MERGE_SCHEMAS.items():
         function = getattr(merge_ops, name)
         torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=schema)
+    from . import group_mix
+
+    for name in GROUP_MIX:
+        declared = getattr(torch.ops.lkconv, name).default._schema
+        schema = str(declared).removeprefix(declared.name)
+        define(f"{NAMESPACE}::{name}", getattr(group_mix, name), mutates_args=(), schema=schema)
     return True
 
 

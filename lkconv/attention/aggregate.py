@@ -15,22 +15,27 @@ from .. import reference_group_mix as reference
 from . import registration
 from .checks import check_aggregate
 
-ops = torch.ops.lkconv
 Group = Any  # a torch.distributed process group
 
 
-def native(tokens: Tensor) -> bool:
-    """Whether the compiled kernels, which are for CPUs and CUDA GPUs, take this tensor."""
-    compiled = tokens.device.type in ("cpu", "cuda") and tokens.numel() > 0
-    return compiled and backends.namespace(tokens.device, tokens.dtype) == "lkconv"
+def computed_dtype(tokens: Tensor) -> torch.dtype:
+    """The dtype of tokens, or the one that autocast asks of a matrix product."""
+    kind = tokens.device.type
+    if tokens.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return tokens.dtype
+
+
+def namespace(tokens: Tensor) -> str | None:
+    """The op namespace of the backend whose fused kernels take these tokens; None for plain PyTorch."""
+    if tokens.numel() == 0:
+        return None
+    return backends.namespace(tokens.device, computed_dtype(tokens), "group_mix")
 
 
 def autocast(tokens: Tensor) -> Tensor:
-    """tokens in the dtype that autocast asks of a matrix product."""
-    kind = tokens.device.type
-    if tokens.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return tokens.to(torch.get_autocast_dtype(kind))
-    return tokens
+    """tokens in :func:`computed_dtype`."""
+    return tokens.to(computed_dtype(tokens))
 
 
 def _combine_statistics(mean: Tensor, var: Tensor, count: int, group: Group) -> tuple[Tensor, Tensor, float]:
@@ -50,13 +55,15 @@ def _combine_statistics(mean: Tensor, var: Tensor, count: int, group: Group) -> 
 class _BatchStatistics(torch.autograd.Function):
     """Aggregation normalised by the statistics of the batch.
 
-    Inputs: qkv, height, width, eps, layer_norm_eps, process group, then the 18 parameters (depthwise 4,
-    pointwise 4, norm weight 4, norm bias 4, LayerNorm's weight and bias). Outputs: mixed, local, mean and
-    biased variance (4, d), the number of values they are of, and for the backward pass premix and prelocal.
+    Inputs: op namespace, qkv, height, width, eps, layer_norm_eps, process group, then the 18 parameters
+    (depthwise 4, pointwise 4, norm weight 4, norm bias 4, LayerNorm's weight and bias). Outputs: mixed,
+    local, mean and biased variance (4, d), the number of values they are of, and for the backward pass
+    premix and prelocal.
     """
 
     @staticmethod
-    def forward(qkv, height, width, eps, layer_norm_eps, group, *parameters):
+    def forward(namespace, qkv, height, width, eps, layer_norm_eps, group, *parameters):
+        ops = getattr(torch.ops, namespace)
         depthwise, pointwise, nw, nb = (list(parameters[i : i + 4]) for i in range(0, 16, 4))
         lw, lb = parameters[16:]
         premix, prelocal, local, mean, var = ops.group_mix_mix(
@@ -70,7 +77,8 @@ class _BatchStatistics(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        qkv, ctx.height, ctx.width, ctx.eps, ctx.layer_norm_eps, ctx.group, *parameters = inputs
+        ctx.namespace, qkv, ctx.height, ctx.width, *rest = inputs
+        ctx.eps, ctx.layer_norm_eps, ctx.group, *parameters = rest
         _, _, mean, var, ctx.count, premix, prelocal = output
         ctx.mark_non_differentiable(mean, var, premix, prelocal)
         ctx.save_for_backward(qkv, premix, prelocal, mean, var, *parameters)
@@ -80,6 +88,7 @@ class _BatchStatistics(torch.autograd.Function):
     def backward(ctx: Any, grad_mixed: Tensor, grad_local: Tensor, *_: Any) -> tuple:
         qkv, premix, prelocal, mean, var, *parameters = ctx.saved_tensors
         depthwise, pointwise, nw, nb = (parameters[i : i + 4] for i in range(0, 16, 4))
+        ops = getattr(torch.ops, ctx.namespace)
         sums = ops.group_mix_backward_reduce(grad_mixed, qkv, premix, nw, nb, mean, var, ctx.eps)
         grad_nw, grad_nb = registration.norm_gradients(sums, nw, nb)
         if ctx.group is not None:
@@ -103,10 +112,10 @@ class _BatchStatistics(torch.autograd.Function):
             "layer_norm_eps": ctx.layer_norm_eps,
         }
         grad_qkv, grads = registration.aggregate_backward(
-            grad_mixed, grad_local, saved, sums, float(ctx.count)
+            ops, grad_mixed, grad_local, saved, sums, float(ctx.count)
         )
         return (
-            grad_qkv, None, None, None, None, None, *grads[:8], *grad_nw, *grad_nb, *grads[8:],
+            None, grad_qkv, None, None, None, None, None, *grads[:8], *grad_nw, *grad_nb, *grads[8:],
         )  # fmt: skip
 
 
@@ -127,6 +136,7 @@ def _update_running(
 
 
 def aggregate_tokens(
+    namespace: str,
     qkv: Tensor,
     size: tuple[int, int],
     depthwise: Sequence[Tensor],
@@ -143,16 +153,17 @@ def aggregate_tokens(
     layer_norm_eps: float,
     group: Group = None,
 ) -> tuple[Tensor, Tensor]:
-    """The compiled aggregation in its own layout: mixed (3, B, N, 4 * d), local (B, N, d)."""
+    """The fused aggregation of a namespace in its own layout: mixed (3, B, N, 4 * d), local (B, N, d)."""
     height, width = size
     if not training:
         assert running_means is not None and running_vars is not None
-        return ops.group_mix_aggregate(
+        return getattr(torch.ops, namespace).group_mix_aggregate(
             qkv, height, width, list(depthwise), list(pointwise), list(norm_weights), list(norm_biases),
             list(running_means), list(running_vars), layer_norm_weight, layer_norm_bias, eps, layer_norm_eps,
         )  # fmt: skip
     mixed, local, mean, var, count, _, _ = _BatchStatistics.apply(
-        qkv, height, width, eps, layer_norm_eps, group, *depthwise, *pointwise, *norm_weights, *norm_biases,
+        namespace, qkv, height, width, eps, layer_norm_eps, group, *depthwise, *pointwise, *norm_weights,
+        *norm_biases,
         layer_norm_weight, layer_norm_bias,
     )  # fmt: skip
     if running_means is not None and running_vars is not None:
@@ -208,8 +219,9 @@ def group_mix_aggregate(
     BatchNorm and hardswish; segment 4 of q, k and v together through a depthwise 3 x 3, a 3d -> d pointwise
     convolution, LayerNorm and hardswish. q, k and v share all parameters and BatchNorm statistics.
 
-    On CPUs and CUDA GPUs this is one pass over ``qkv`` in evaluation and two in training, without permuted
-    copies; on other devices, and for empty tensors, it runs as plain PyTorch (:mod:`lkconv.reference`).
+    Where a backend has fused kernels (CPUs; GPUs through CUDA C++ or Triton) this is one pass over ``qkv`` in
+    evaluation and two in training, without permuted copies; elsewhere, for empty tensors and under
+    ``use_backend("torch")``, it runs as plain PyTorch (:mod:`lkconv.reference`).
 
     Args:
         qkv: (B, N, 3 * C), the output of ``Linear(C, 3 * C)``; float64, float32, float16 or bfloat16.
@@ -246,8 +258,9 @@ def group_mix_aggregate(
     layer_norm = {"layer_norm_weight": layer_norm_weight, "layer_norm_bias": layer_norm_bias}
     check_aggregate(qkv, size, depthwise_weights, pointwise_weights, norms, layer_norm, num_heads)
     qkv = autocast(qkv)
-    if native(qkv):
+    if (kernels := namespace(qkv)) is not None:
         mixed, local = aggregate_tokens(
+            kernels,
             qkv,
             size,
             depthwise_weights,

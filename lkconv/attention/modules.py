@@ -14,8 +14,6 @@ from ..modules import DepthwiseConv2d
 from . import aggregate as fused
 from .checks import check_dim, check_tokens
 
-ops = torch.ops.lkconv
-
 
 def _tensors(modules: Iterable[nn.Module], name: str) -> list[Tensor]:
     """The parameter or buffer of that name of each module."""
@@ -98,14 +96,15 @@ class GroupMixAggregator(nn.Module):
         momentum = self.norm0.momentum
         return 1.0 / float(self.norm0.get_buffer("num_batches_tracked")) if momentum is None else momentum
 
-    def tokens(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """qkv (B, N, 3 * C) -> mixed (3, B, N, 4 * d), local (B, N, d), through the compiled op."""
+    def tokens(self, namespace: str, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """qkv (B, N, 3 * C) -> mixed (3, B, N, 4 * d), local (B, N, d), through a namespace's fused op."""
         norms = self.norms()
         training = self.norm0.training or self.norm0.running_mean is None
         track = self.norm0.running_mean is not None
         momentum = self._momentum() if training and track else 0.0
         separable = [self.agg1, self.agg2, self.agg3, self.agg0.conv]
         return fused.aggregate_tokens(
+            namespace,
             fused.autocast(qkv),
             size,
             _tensors([s.conv1 for s in separable], "weight"),
@@ -142,17 +141,19 @@ class GroupMixAggregator(nn.Module):
         q, k, v = heads.unbind()
         return q, k, v, local
 
-    def native(self, qkv: Tensor) -> bool:
-        return fused.native(qkv) and self._fusible()
+    def namespace(self, qkv: Tensor) -> str | None:
+        """Whose fused kernels this call takes; None where it runs as plain PyTorch."""
+        return fused.namespace(qkv) if self._fusible() else None
 
     def forward(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """qkv (B, N, 3 * C) of an H x W grid -> q, k, v (B, 8, N, d / 2) and local (B, N, d)."""
         check_tokens(qkv, size, "qkv")
         if qkv.shape[2] != 3 * self.dim:
             raise ValueError(f"qkv must have 3 * dim = {3 * self.dim} channels, got {qkv.shape[2]}")
-        if not self.native(qkv):
+        namespace = self.namespace(qkv)
+        if namespace is None:
             return self.composed(qkv, size)
-        mixed, local = self.tokens(qkv, size)
+        mixed, local = self.tokens(namespace, qkv, size)
         return *fused.split_heads(mixed, self.num_heads), local
 
 
@@ -214,9 +215,11 @@ class GroupMixAttention(nn.Module):
         qkv = self.qkv(x)
         weights, biases = self.crpe.parameter_lists()
         drop = self.attn_drop.p if self.attn_drop.training else 0.0
-        if drop == 0.0 and self.aggregator.native(qkv):
-            mixed, local = self.aggregator.tokens(qkv, size)
-            out, _, _ = ops.group_mix_attention(mixed, local, size[0], size[1], weights, biases, self.scale)
+        namespace = self.aggregator.namespace(qkv) if drop == 0.0 else None
+        if namespace is not None:
+            mixed, local = self.aggregator.tokens(namespace, qkv, size)
+            core = getattr(torch.ops, namespace).group_mix_attention
+            out, _, _ = core(mixed, local, size[0], size[1], weights, biases, self.scale)
         else:
             q, k, v, local = self.aggregator(qkv, size)
             out = reference.group_mix_attention(q, k, v, local, size, weights, biases, self.scale, drop)

@@ -1,12 +1,15 @@
-"""Hooks of the Group-Mix ops: shapes for tracing, gradients, autocast.
+"""Hooks of the Group-Mix ops, by one helper over all of them: shapes for tracing and gradients.
 
-The ops are token-major: ``mixed`` is (3, B, N, 4 * d), the heads of a token next to each other. Gradients of
+The CPU kernels live in the namespace ``lkconv``, the Triton ones in ``lkconv_triton`` with the same schemas.
+:func:`register_hooks` serves both; autocast is applied before an op is called (``aggregate.autocast``). The
+ops are token-major: ``mixed`` is (3, B, N, 4 * d), the heads of a token next to each other. Gradients of
 parameters come back as one flat tensor, in the accumulation type, and are cut up here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +17,32 @@ from torch import Tensor
 
 from .checks import KERNELS, NUM_HEADS
 
-ops = torch.ops.lkconv
+OUTPUTS: dict[str, Callable] = {}  # op -> its fake kernel
+_registered: set[str] = set()
+
+
+def register_hooks(namespace: str) -> Any:
+    """Registers fake kernels and gradients for the Group-Mix ops of a namespace, once; returns it."""
+    ops = getattr(torch.ops, namespace)
+    if namespace not in _registered:
+        _registered.add(namespace)
+        for name, fake in OUTPUTS.items():
+            torch.library.register_fake(f"{namespace}::{name}", fake, allow_override=True)
+        for name, backward, setup in (
+            ("group_mix_aggregate", _aggregate_backward, _aggregate_setup),
+            ("group_mix_attention", _attention_backward, _attention_setup),
+        ):
+            bound = functools.partial(backward, ops)
+            torch.library.register_autograd(f"{namespace}::{name}", bound, setup_context=setup)
+    return ops
+
+
+def _outputs_of(name: str) -> Callable[[Callable], Callable]:
+    def keep(fake: Callable) -> Callable:
+        OUTPUTS[name] = fake
+        return fake
+
+    return keep
 
 
 def accumulation_dtype(t: Tensor) -> torch.dtype:
@@ -29,14 +57,14 @@ def unpack(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 # ---- shapes -----------------------------------------------------------------------------------------------
-@torch.library.register_fake("lkconv::group_mix_aggregate")
+@_outputs_of("group_mix_aggregate")
 def _(qkv, height, width, depthwise, pointwise, nw, nb, nm, nv, lw, lb, eps, layer_norm_eps):
     batch, tokens, channels = qkv.shape
     d = channels // 15
     return qkv.new_empty(3, batch, tokens, 4 * d), qkv.new_empty(batch, tokens, d)
 
 
-@torch.library.register_fake("lkconv::group_mix_mix")
+@_outputs_of("group_mix_mix")
 def _(qkv, height, width, depthwise, pointwise, lw, lb, layer_norm_eps):
     batch, tokens, channels = qkv.shape
     d = channels // 15
@@ -47,18 +75,18 @@ def _(qkv, height, width, depthwise, pointwise, lw, lb, layer_norm_eps):
     return premix, torch.empty_like(local), local, statistics, torch.empty_like(statistics)
 
 
-@torch.library.register_fake("lkconv::group_mix_normalize")
+@_outputs_of("group_mix_normalize")
 def _(qkv, premix, nw, nb, mean, var, eps):
     batch, tokens, channels = qkv.shape
     return qkv.new_empty(3, batch, tokens, channels // 15 * 4)
 
 
-@torch.library.register_fake("lkconv::group_mix_backward_reduce")
+@_outputs_of("group_mix_backward_reduce")
 def _(grad_mixed, qkv, premix, nw, nb, mean, var, eps):
     return qkv.new_empty(2, 4, qkv.shape[2] // 15, dtype=torch.float64)
 
 
-@torch.library.register_fake("lkconv::group_mix_backward")
+@_outputs_of("group_mix_backward")
 def _(
     grad_mixed,
     grad_local,
@@ -88,7 +116,7 @@ def _(
     )
 
 
-@torch.library.register_fake("lkconv::group_mix_attention")
+@_outputs_of("group_mix_attention")
 def _(mixed, local, height, width, position_weight, position_bias, scale):
     _, batch, tokens, channels = mixed.shape
     d, wide = channels // 4, accumulation_dtype(mixed)
@@ -99,7 +127,7 @@ def _(mixed, local, height, width, position_weight, position_bias, scale):
     )
 
 
-@torch.library.register_fake("lkconv::group_mix_attention_backward")
+@_outputs_of("group_mix_attention_backward")
 def _(grad_out, mixed, log_sum, context, height, width, position_weight, position_bias, scale):
     count = sum(t.numel() for t in (*position_weight, *position_bias))
     return mixed.new_empty(mixed.shape), mixed.new_empty(count, dtype=accumulation_dtype(mixed))
@@ -107,6 +135,7 @@ def _(grad_out, mixed, log_sum, context, height, width, position_weight, positio
 
 # ---- gradients --------------------------------------------------------------------------------------------
 def aggregate_backward(
+    ops: Any,
     grad_mixed: Tensor,
     grad_local: Tensor,
     saved: dict[str, Any],
@@ -138,7 +167,7 @@ def _aggregate_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(qkv, lw, lb, *(t for group in lists for t in group))
 
 
-def _aggregate_backward(ctx: Any, grad_mixed: Tensor | None, grad_local: Tensor | None) -> tuple:
+def _aggregate_backward(ops: Any, ctx: Any, grad_mixed: Tensor | None, grad_local: Tensor | None) -> tuple:
     """With fixed statistics U is cheap to compute again, so that inference-style graphs keep only inputs."""
     qkv, lw, lb, *rest = ctx.saved_tensors
     depthwise, pointwise, nw, nb, nm, nv = (list(rest[i : i + 4]) for i in range(0, 24, 4))
@@ -170,7 +199,7 @@ def _aggregate_backward(ctx: Any, grad_mixed: Tensor | None, grad_local: Tensor 
         "eps": eps,
         "layer_norm_eps": layer_norm_eps,
     }
-    grad_qkv, grads = aggregate_backward(grad_mixed, grad_local, saved, None, 1.0)
+    grad_qkv, grads = aggregate_backward(ops, grad_mixed, grad_local, saved, None, 1.0)
     grad_nw, grad_nb = norm_gradients(sums, nw, nb)
     nothing = [None] * 4
     return (
@@ -190,11 +219,6 @@ def _aggregate_backward(ctx: Any, grad_mixed: Tensor | None, grad_local: Tensor 
     )
 
 
-torch.library.register_autograd(
-    "lkconv::group_mix_aggregate", _aggregate_backward, setup_context=_aggregate_setup
-)
-
-
 def _attention_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     mixed, _, height, width, weight, bias, scale = inputs
     _, log_sum, context = output
@@ -203,7 +227,7 @@ def _attention_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(mixed, log_sum, context, *weight, *bias)
 
 
-def _attention_backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple:
+def _attention_backward(ops: Any, ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple:
     mixed, log_sum, context, *parameters = ctx.saved_tensors
     height, width = ctx.size
     grad_mixed, flat = ops.group_mix_attention_backward(
@@ -214,6 +238,4 @@ def _attention_backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple:
     return grad_mixed, grad_local, None, None, grads[:3], grads[3:], None
 
 
-torch.library.register_autograd(
-    "lkconv::group_mix_attention", _attention_backward, setup_context=_attention_setup
-)
+register_hooks("lkconv")
