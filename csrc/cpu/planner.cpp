@@ -32,11 +32,10 @@ struct Costs {
   double toeplitz, toeplitz_move[2];
   double aten_tap, aten_move, aten_call;  // of oneDNN; what one of its calls costs beyond ours
 };
-constexpr Costs kOneMultiplier{1.12, 1.5,  {9, 15}, {22, 60}, 20, 1.55, {9, 22},
-                               1,    {0, 0}, 1.25,    5,        160000};
+constexpr Costs kOneMultiplier{1.12, 1.5, {9, 15}, {22, 60}, 20, 1.55, {9, 22}, 1, {0, 0}, 1.25, 5, 160000};
 // Processors with AMX start two multiply-adds of 64 bytes per cycle; a core's share of memory is no faster.
-constexpr Costs kTwoMultipliers{0.6, 0.87,    {16, 17}, {85, 140}, 45, 1.02, {20, 12},
-                                0.8, {15, 2}, 1.0,      10,        310000};
+constexpr Costs kTwoMultipliers{0.6,      0.87, {16, 17}, {85, 140}, 45, 1.02,
+                                {20, 12}, 0.8,  {15, 2},  1.0,       10, 310000};
 const Costs& costs_on(const Machine& m) { return m.isa == Isa::amx ? kTwoMultipliers : kOneMultiplier; }
 
 // Number of (output, tap) pairs on one axis whose input lies inside the image.
@@ -119,8 +118,7 @@ Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, cons
   p.flops = 2 * pairs * double(reduce) * double(g.batch * g.channels);
   const Costs& c = costs_on(m);
   const double move = (g.phases > 1 ? c.phase_move : c.move)[!g.adjacent];
-  p.cycles =
-      vectors * (unit ? c.tap : c.strided_tap) + move * pixels + double(groups * taps) * c.kernel_tap;
+  p.cycles = vectors * (unit ? c.tap : c.strided_tap) + move * pixels + double(groups * taps) * c.kernel_tap;
   if (pass == Pass::backward_weight) p.cycles += 0.1 * vectors;
   return p;
 }
@@ -208,9 +206,9 @@ const char* direct_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType 
   return nullptr;
 }
 
-// PyTorch's own convolution (oneDNN), where it is really faster: small kernels at memory speed, channels_last.
-// It must be estimated well ahead to be taken. Its calls' cost is no function of the thread count, which must
-// change no result.
+// PyTorch's own convolution (oneDNN), where it is really faster: small kernels at memory speed,
+// channels_last. It must be estimated well ahead to be taken. Its calls' cost is no function of the thread
+// count, which must change no result.
 const char* aten_plan_for(Pass pass, const Geometry& g, int64_t, DType dtype, const Machine& m,
                           const Switches& switches, Plan& p) {
   p.algorithm = Algorithm::aten;
@@ -259,8 +257,8 @@ std::optional<Algorithm> algorithm_from_environment() {
   if (!name || !*name) return std::nullopt;
   for (const Entry& entry : kEntries)
     if (!std::strcmp(name, algorithm_name(entry.algorithm))) return entry.algorithm;
-  throw std::invalid_argument(
-      std::string("LKCONV_ALGORITHM must be direct, fft, toeplitz or aten; got '") + name + "'");
+  throw std::invalid_argument(std::string("LKCONV_ALGORITHM must be direct, fft, toeplitz or aten; got '") +
+                              name + "'");
 }
 
 }  // namespace

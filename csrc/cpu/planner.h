@@ -20,8 +20,8 @@ struct Candidate {
 };
 
 struct Switches {
-  bool fft = true;   // LKCONV_FFT=0 turns the FFT off
-  bool aten = true;  // LKCONV_ATEN=0: never hand a call to PyTorch's own convolution
+  bool fft = true;                // LKCONV_FFT=0 turns the FFT off
+  bool aten = true;               // LKCONV_ATEN=0: never hand a call to PyTorch's own convolution
   std::optional<Algorithm> only;  // LKCONV_ALGORITHM: wherever it can run, no other
 };
 const Switches& switches_from_environment();
