@@ -11,7 +11,7 @@ from importlib import import_module
 import torch
 from tqdm import tqdm
 
-from bench import depthwise_conv2d, group_mix, machine, reparam, report
+from bench import depthwise_conv2d, group_mix, machine, reparam, report, table
 from bench.problem import DTYPES, PASSES
 from bench.shapes import SUITES, layers
 
@@ -82,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     blocks = commands.add_parser("reparam", help="blocks as branches, fused and merged: time and memory")
     reparam.add_arguments(blocks)
     blocks.set_defaults(run=reparam.run)
+    tables = commands.add_parser("table", help="Markdown tables of --json files", description=table.__doc__)
+    table.add_arguments(tables)
+    tables.set_defaults(run=table.run, device="cpu", threads=None)
     demo = commands.add_parser("demo", help="a 31x31 layer and a real network, before and after")
     demo.add_argument(
         "--out", default="demo_out", metavar="DIR", help="folder of the pictures (default: demo_out)"

@@ -333,6 +333,28 @@ def test_json_rows_can_be_read_alone(written):
         assert row["ratio"] == pytest.approx(best / time["median"])
 
 
+def test_tables_show_the_summary_and_the_asked_layers(written, capsys):
+    _, path, _ = written
+    name = "InceptionNeXt-T C96 7x7 k1x11"
+    assert cli.main(["table", str(path), "--layers", name]) == 0
+    printed = capsys.readouterr().out
+    rows = report.load(path)["rows"]
+    for s in report.summarise(rows):
+        start = (
+            f"| {summary['dtype']} | {summary['pass']} | {summary['size_class']} | {summary['layout']} | 3 |"
+        )
+        assert f"{start} {s['geomean']:.2f} |" in printed
+    ours, best = (
+        max(
+            r["gflops"]
+            for r in rows
+            if _cell(r) == (name, "float32", "forward") and (r["implementation"] == "lkconv") == mine
+        )
+        for mine in (True, False)
+    )
+    assert f"| float32 | {name}, N=2 | {ours:.0f} / {best:.0f} |" in printed
+
+
 def _cell(row):
     return row["layer"], row["dtype"], row["pass"]
 

@@ -35,7 +35,7 @@ struct Costs {
 constexpr Costs kOneMultiplier{1.12, 1.5, {9, 15}, {22, 60}, 20, 1.55, {9, 22}, 1, {0, 0}, 1.25, 5, 160000};
 // Processors with AMX start two multiply-adds of 64 bytes per cycle; a core's share of memory is no faster.
 constexpr Costs kTwoMultipliers{0.6,      0.87, {16, 17}, {85, 140}, 45, 1.02,
-                                {20, 12}, 0.8,  {15, 2},  1.0,       10, 310000};
+                                {20, 12}, 0.6,  {17, 3},  1.0,       10, 310000};
 const Costs& costs_on(const Machine& m) { return m.isa == Isa::amx ? kTwoMultipliers : kOneMultiplier; }
 
 // Number of (output, tap) pairs on one axis whose input lies inside the image.

@@ -14,9 +14,10 @@ constexpr int64_t kMaxImages = 64;
 constexpr int64_t kSmallBuffers = 8 << 10;  // tiles of sums and what alignment takes
 constexpr int64_t kLanes = 16;              // channels moved by one transposition
 
-// Cycles. A product issues every 16; measured with a tile load for each: 2.35 of 3.0 TFLOP/s, hence 20. The
-// others were measured with the products left out.
-constexpr double kProduct = 20, kLoneProduct = 26;  // alone, a product waits for its own two tile loads
+// Counts that the planner scales to cycles. Products were fitted to timings of whole layers: one issues every
+// 16 cycles, and loads of tiles whose rows cross cache lines take longer than that. The rest was measured
+// with the products left out.
+constexpr double kProduct = 34, kLoneProduct = 44;  // alone, a product waits for its own two tile loads
 constexpr double kPackLine = 9;     // 64 bytes of one channel, the mean of copying and transposing
 constexpr double kStoreTile = 160;  // 16 x 16 sums: to memory, rounded, and to their rows
 constexpr double kTransposed = 14;  // weight: one 64-byte line of a transposed operand
