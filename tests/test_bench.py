@@ -340,9 +340,7 @@ def test_tables_show_the_summary_and_the_asked_layers(written, capsys):
     printed = capsys.readouterr().out
     rows = report.load(path)["rows"]
     for s in report.summarise(rows):
-        start = (
-            f"| {summary['dtype']} | {summary['pass']} | {summary['size_class']} | {summary['layout']} | 3 |"
-        )
+        start = f"| {s['dtype']} | {s['pass']} | {s['size_class']} | {s['layout']} | 3 |"
         assert f"{start} {s['geomean']:.2f} |" in printed
     ours, best = (
         max(
