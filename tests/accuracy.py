@@ -7,6 +7,8 @@ The limits are stated once, here, and hold for every backend:
 * float16 and bfloat16: at most twice the error of PyTorch plus one float32 rounding.
 """
 
+import warnings
+
 import torch
 
 import lkconv._C  # noqa: F401 - registers the ops
@@ -22,8 +24,12 @@ def torch_result(pass_name: str, case: Case, t: Tensors, dtype: torch.dtype) -> 
     In float16 by its own kernel: oneDNN has one only for processors with AVX512-FP16, and there its code
     generator does not come back for some kernel sizes (16x20 is one).
     """
-    with torch.backends.mkldnn.flags(enabled=dtype != torch.float16 and torch.backends.mkldnn.enabled):
+    if dtype != torch.float16:
         return _torch_result(pass_name, case, t, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the switch speaks of TF32 on other devices
+        with torch.backends.mkldnn.flags(enabled=False):
+            return _torch_result(pass_name, case, t, dtype)
 
 
 def _torch_result(pass_name: str, case: Case, t: Tensors, dtype: torch.dtype) -> torch.Tensor:

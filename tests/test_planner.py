@@ -111,7 +111,13 @@ def test_the_switch_turns_the_fft_off(pass_name, dtype):
 def test_reasons_name_the_cause():
     shape = {"size": (2, 8, 64, 64), "kernel": (31, 31)}
     assert "stride" in of("fft", candidates(**shape, stride=(2, 1)))["reason"]
-    assert "taps" in of("fft", candidates(size=(2, 8, 64, 64), kernel=(1, 1)))["reason"]
+    assert "few products" in of("fft", candidates(size=(2, 8, 64, 64), kernel=(3, 3)))["reason"]
+    whole = {
+        "size": (2, 8, 31, 31),
+        "kernel": (31, 31),
+        "padding": (0, 0),
+    }  # one output: no sums in its gradient
+    assert "few products" in of("fft", candidates("backward_input", **whole))["reason"]
     long = candidates(size=(1, 8, 1, 9000), kernel=(1, 5001), padding=(0, 2500))
     assert "transform" in of("fft", long)["reason"]
     many = candidates("backward_input", (1, 2, 120, 120), (61, 61), multiplier=300)

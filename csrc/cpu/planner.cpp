@@ -20,7 +20,8 @@ constexpr int64_t kMaxTileWidth = 128;
 constexpr int64_t kMaxAtenTaps = 25;
 constexpr int64_t kMaxAtenPhaseTaps = 36;  // taps of the first phase times phases: at most 5x5 at stride 2
 constexpr double kAtenMargin = 1.1;
-constexpr int64_t kBatchPixels = 224;  // outputs computed between loading and storing
+constexpr double kLeastFftProducts = 16;  // a transform's rounding errors exceed those of so short a sum
+constexpr int64_t kBatchPixels = 224;     // outputs computed between loading and storing
 
 // Cycles, fitted to timings of the layers of real models. Pairs are channels_last, contiguous.
 struct Costs {
@@ -48,6 +49,17 @@ int64_t in_bounds_pairs(int64_t in, int64_t out, int64_t kernel, int64_t stride,
     pairs += std::max<int64_t>(0, last - first + 1);
   }
   return pairs;
+}
+
+// The mean number of products that one output, or one tap of a weight gradient, sums.
+double products_per_result(Pass pass, const Geometry& g) {
+  const double pairs =
+      double(in_bounds_pairs(g.height, g.out_height, g.kernel_h, g.stride_h, g.pad_h, g.dil_h)) *
+      double(in_bounds_pairs(g.width, g.out_width, g.kernel_w, g.stride_w, g.pad_w, g.dil_w));
+  const double results = pass == Pass::backward_weight
+                             ? double(g.kernel_h * g.kernel_w) / double(std::max<int64_t>(1, g.batch))
+                             : double(g.out_height * g.out_width);
+  return pairs / std::max(1.0, results);
 }
 
 // Even parts no larger than `limit`.
@@ -155,7 +167,8 @@ const char* fft_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType dty
   if (dtype == DType::f64) return "float64 is summed directly: the FFT kernels are float32";
   if (!switches.fft) return "LKCONV_FFT=0";
   if (g.stride_h != 1 || g.stride_w != 1) return "stride is not 1";
-  if (g.kernel_h * g.kernel_w < 2) return "the kernel has fewer than two taps";
+  if (products_per_result(pass, g) < kLeastFftProducts)
+    return "its results sum too few products: direct summation is more accurate";
   p.isa = m.isa;
   p.lanes = m.lanes_f32;
   const AxisChoice h = choose_axis(g.height, g.out_height, g.kernel_h, g.pad_h, g.dil_h, 128);
