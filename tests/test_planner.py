@@ -116,7 +116,7 @@ def test_reasons_name_the_cause():
         "size": (2, 8, 31, 31),
         "kernel": (31, 31),
         "padding": (0, 0),
-    }  # one output: no sums in its gradient
+    }  # gradients without sums
     assert "few products" in of("fft", candidates("backward_input", **whole))["reason"]
     long = candidates(size=(1, 8, 1, 9000), kernel=(1, 5001), padding=(0, 2500))
     assert "transform" in of("fft", long)["reason"]
