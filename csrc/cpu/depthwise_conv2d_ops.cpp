@@ -47,19 +47,24 @@ Tensor aten_backward_input(const Tensor& grad_output, const Tensor& grad_input, 
 }
 
 // The output's layout is part of the op's contract, whichever kernel ran.
-Tensor in_layout_of(Tensor output, const Tensor& result) {
-  for (int64_t d = 0; d < 4; ++d)
-    if (result.stride(d) != output.stride(d)) return torch::stable::copy_(output, result);
-  return result;
+bool has_strides_of(const Tensor& t, const TensorView& v) {
+  return t.stride(0) == v.stride_n && t.stride(1) == v.stride_c && t.stride(2) == v.stride_h &&
+         t.stride(3) == v.stride_w;
 }
 
 Tensor op_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                   const std::vector<int64_t>& dilation) {
-  const OpCall c = forward_call(input, weight, bias, stride, padding, dilation, false);
+  OpCall c = forward_call(input, weight, bias, stride, padding, dilation, false);
   const Machine m = machine();
-  if (prefers_aten(c.p, Pass::forward, c.first, c.out, m))
-    return in_layout_of(c.output, aten_forward(input, weight, bias, stride, padding, dilation));
+  if (prefers_aten(c.p, Pass::forward, c.first, c.out, m)) {
+    c.output = Tensor();  // its memory, perhaps still in a cache, is there for PyTorch's result
+    const Tensor result = aten_forward(input, weight, bias, stride, padding, dilation);
+    if (has_strides_of(result, c.out)) return result;
+    Tensor output = empty_like_format({result.size(0), result.size(1), result.size(2), result.size(3)}, input,
+                                      suggested_format(input));
+    return torch::stable::copy_(output, result);
+  }
   depthwise_conv2d(c.p, c.first, c.second, c.bias, c.out, m, parallel);
   return c.output;
 }
@@ -67,11 +72,12 @@ Tensor op_forward(const Tensor& input, const Tensor& weight, const std::optional
 Tensor op_backward_input(const Tensor& grad_output, const Tensor& weight,
                          const std::vector<int64_t>& input_size, const std::vector<int64_t>& stride,
                          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
-  const OpCall c = backward_input_call(grad_output, weight, input_size, stride, padding, dilation, false);
+  OpCall c = backward_input_call(grad_output, weight, input_size, stride, padding, dilation, false);
   const Machine m = machine();
-  if (prefers_aten(c.p, Pass::backward_input, c.first, c.out, m))
-    return in_layout_of(c.output,
-                        aten_backward_input(grad_output, c.output, weight, stride, padding, dilation));
+  if (prefers_aten(c.p, Pass::backward_input, c.first, c.out, m)) {
+    const Tensor result = aten_backward_input(grad_output, c.output, weight, stride, padding, dilation);
+    return has_strides_of(result, c.out) ? result : torch::stable::copy_(c.output, result);
+  }
   depthwise_conv2d_backward_input(c.p, c.first, c.second, c.out, m, parallel);
   return c.output;
 }
