@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -134,7 +135,7 @@ def _row(name: str, problem: Problem, verdict: gate.Verdict, settings: Settings)
         "device": settings.device,
         "correct": verdict.ok,
         "reason": verdict.reason,
-        "error": verdict.error if verdict.error == verdict.error else None,  # NaN is no JSON
+        "error": verdict.error if math.isfinite(verdict.error) else None,  # which JSON cannot say
         "tolerance": verdict.tolerance,
         "flops": problem.flops,
         "bytes": problem.bytes,

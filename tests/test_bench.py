@@ -153,6 +153,7 @@ def _one_element(value):
 DAMAGES = {
     "one element lost": _one_element(0.0),
     "one element not a number": _one_element(float("nan")),
+    "one element infinite": _one_element(float("inf")),
     "shifted by one": lambda result: result.roll(1, dims=-1),
     "slightly scaled": lambda result: result * 1.0005,
     "all zero": torch.zeros_like,
@@ -168,6 +169,7 @@ def test_a_wrong_result_is_never_timed(damage, pass_name):
     row = next(row for row in rows if row["implementation"] == "damaged")
     assert not row["correct"] and row["reason"]
     assert row["time"] is None and row["gflops"] is None and row["ratio"] is None
+    json.dumps(row, allow_nan=False)
     assert all(other["best_peer"].startswith("conv2d") for other in rows if other is not row)
     line = next(line for line in report.format_cell(rows).splitlines() if "damaged" in line)
     assert "WRONG, not timed" in line and "ms (" not in line
