@@ -166,7 +166,7 @@ class Suite {
     compare(c, "backward_weight", exact_backward_weight(p, grad, input), output);
   }
 
-  // Through the launcher with several threads, wherever the planner takes the matrix units: bit-identical
+  // Through the launcher with several threads, wherever the matrix units can take the case: bit-identical
   // whatever the thread count for outputs, and right.
   void launched(const Case& c) {
     const ConvParams& p = c.p;
@@ -175,8 +175,8 @@ class Suite {
     ForwardProblem f = forward_problem(p);
     f.input = input.view;
     const auto chosen = [&](Pass pass, int64_t threads) {
-      return choose_depthwise_conv2d(pass, f, 1, DType::bf16, machine(threads), {.fft = false}).algorithm ==
-             Algorithm::toeplitz;
+      return choose_depthwise_conv2d(pass, f, 1, DType::bf16, machine(threads), switches_from_environment())
+                 .algorithm == Algorithm::toeplitz;
     };
     if (!chosen(Pass::forward, 1) || !chosen(Pass::forward, 8) || !chosen(Pass::backward_weight, 8)) return;
     const auto parallel = [](int64_t tasks, int64_t, const std::function<void(int64_t, int64_t)>& body) {
@@ -333,7 +333,7 @@ class Suite {
 
 int main(int argc, char** argv) {
   if (argc != 3) return std::fprintf(stderr, "usage: driver SEED CASES\n"), 2;
-  setenv("LKCONV_FFT", "0", 1);  // the table of kernels above has no FFT
+  setenv("LKCONV_ALGORITHM", "toeplitz", 1);  // the table of kernels above has nothing else
   emulation::Suite suite(std::strtoull(argv[1], nullptr, 10));
   for (long i = 0; i < std::atol(argv[2]); ++i) {
     suite.forward(suite.random_case(false));
