@@ -7,30 +7,14 @@
 
 #include <tuple>
 
+#include "../op_arguments.h"
 #include "group_mix_launch.h"
 #include "half.h"
 
 namespace lkconv::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
-
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double:
-      return DType::f64;
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::Half:
-      return DType::f16;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    default:
-      STD_TORCH_CHECK(false, "lkconv: dtype must be float64, float32, float16 or bfloat16");
-  }
-}
 
 Tensor make(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype,
