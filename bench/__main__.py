@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from bench import depthwise_conv2d, group_mix, machine, reparam, report, table
+from bench.allocator import keep_freed_memory
 from bench.problem import DTYPES, PASSES
 from bench.shapes import SUITES, layers
 
@@ -141,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit("bench: --device cuda: this torch sees no CUDA GPU")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     return arguments.run(arguments)
 
 

@@ -55,6 +55,7 @@ cpu::Algorithm parse_algorithm(const std::string& name) {
   using cpu::Algorithm;
   return parse<Algorithm>(name, "algorithm",
                           {{"direct", Algorithm::direct},
+                           {"planar", Algorithm::planar},
                            {"fft", Algorithm::fft},
                            {"toeplitz", Algorithm::toeplitz},
                            {"aten", Algorithm::aten}});
@@ -117,6 +118,7 @@ std::vector<py::dict> plan(const std::string& pass_name, std::array<int64_t, 4> 
   }
   g.adjacent = channels_last && p.multiplier == 1;
   g.dense = dense;
+  g.rows = !channels_last || g.channels == 1;
   cpu::Switches switches{.fft = fft, .aten = aten};
   if (!only.empty()) switches.only = parse_algorithm(only);
   std::vector<py::dict> out;

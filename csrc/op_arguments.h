@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <optional>
 #include <vector>
@@ -109,13 +110,28 @@ inline void check_same_place(const Tensor& a, const Tensor& b, bool cuda) {
                   "lkconv: all tensors must be on one ", cuda ? "CUDA device" : "CPU");
 }
 
-// One call of an op, ready for kernels: the output is allocated, not computed. `views` in the op's order.
+// One call of an op: its checked arguments and the layout of its output. A launcher allocates the output once
+// it knows that its own kernels will run.
 struct OpCall {
   ConvParams p;
   TensorView first, second, bias;  // input and weight, or grad_output and weight, or grad_output and input
-  Tensor output;
-  TensorView out;
+  std::array<int64_t, 4> size;     // of the output
+  MemoryFormat format;             // of the output
+  TensorView out;                  // without data until allocated
+  Tensor output = Tensor();
+
+  void allocate(const Tensor& like) {
+    output = empty_like_format({size[0], size[1], size[2], size[3]}, like, format);
+    out.data = output.mutable_data_ptr();
+  }
 };
+
+// A dense tensor of this format as torch allocates it.
+inline TensorView dense_view(const std::array<int64_t, 4>& size, MemoryFormat format, DType dtype) {
+  const auto [n, c, h, w] = size;
+  if (format == MemoryFormat::ChannelsLast) return {nullptr, dtype, h * w * c, 1, w * c, c};
+  return {nullptr, dtype, c * h * w, h * w, w, 1};
+}
 
 inline OpCall forward_call(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -135,9 +151,9 @@ inline OpCall forward_call(const Tensor& input, const Tensor& weight, const std:
     b.dtype = x.dtype;
     b.stride_c = bias->stride(0);
   }
-  Tensor output = empty_like_format({p.batch, p.out_channels(), p.out_height, p.out_width}, input,
-                                    suggested_format(input));
-  return {p, x, w, b, output, view_of(output, true)};
+  const std::array<int64_t, 4> size{p.batch, p.out_channels(), p.out_height, p.out_width};
+  const MemoryFormat format = suggested_format(input);
+  return {p, x, w, b, size, format, dense_view(size, format, x.dtype)};
 }
 
 inline OpCall backward_input_call(const Tensor& grad_output, const Tensor& weight,
@@ -152,9 +168,9 @@ inline OpCall backward_input_call(const Tensor& grad_output, const Tensor& weigh
   const ConvParams p = params_of(input_size[0], input_size[1], input_size[2], input_size[3], weight.size(0),
                                  weight.size(2), weight.size(3), stride, padding, dilation);
   check_grad_output(grad_output, p);
-  Tensor grad_input =
-      empty_like_format({p.batch, p.channels, p.height, p.width}, grad_output, suggested_format(grad_output));
-  return {p, g, w, {}, grad_input, view_of(grad_input, true)};
+  const std::array<int64_t, 4> size{p.batch, p.channels, p.height, p.width};
+  const MemoryFormat format = suggested_format(grad_output);
+  return {p, g, w, {}, size, format, dense_view(size, format, g.dtype)};
 }
 
 inline OpCall backward_weight_call(const Tensor& grad_output, const Tensor& input,
@@ -169,9 +185,10 @@ inline OpCall backward_weight_call(const Tensor& grad_output, const Tensor& inpu
       params_of(input.size(0), input.size(1), input.size(2), input.size(3), grad_output.size(1),
                 kernel_size[0], kernel_size[1], stride, padding, dilation);
   check_grad_output(grad_output, p);
-  Tensor grad_weight =
-      empty_like_format({p.out_channels(), 1, p.kernel_h, p.kernel_w}, grad_output, MemoryFormat::Contiguous);
-  return {p, g, x, {}, grad_weight, weight_view_of(grad_weight, true)};
+  const std::array<int64_t, 4> size{p.out_channels(), 1, p.kernel_h, p.kernel_w};
+  TensorView out = dense_view(size, MemoryFormat::Contiguous, g.dtype);
+  out.stride_c = out.stride_n, out.stride_n = 0;  // output channels are the kernels' channels
+  return {p, g, x, {}, size, MemoryFormat::Contiguous, out};
 }
 
 }  // namespace lkconv

@@ -17,6 +17,7 @@ struct Geometry {
   int64_t height, width, out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   bool dense = true;      // pixels follow each other without a gap: no slice of wider tensors
+  bool rows = true;       // neighbouring pixels of a row are neighbours in memory (contiguous)
   bool adjacent = false;  // neighbouring channels are neighbours in memory (channels_last): for CPU planners
   int64_t phases = 1;     // of how many problems this is one: backward_input has one per stride phase
 };

@@ -117,7 +117,7 @@ def explain(
         f"depthwise_conv2d of input {size} {dtype_name} on {input.device}, weight {tuple(weight.shape)}, "
         f"stride {stride}, padding {padding}, dilation {dilation}"
     )
-    channels_last = input.dim() == 4 and input.stride(1) == 1 and weight.shape[0] == input.shape[1]
+    channels_last = input.dim() == 4 and input.stride(1) == 1 and input.shape[1] > 1
     layout = _Layout(channels_last, dense=not channels_last or input.stride(3) == input.shape[1])
     passes = {p: _plan(name, p, problem, dtype_name, input.device, layout) for p in PASSES}
     return Explanation(call, name, passes, declined)

@@ -169,7 +169,7 @@ def test_namespace_matches_the_choice():
 
 def test_explain_fields():
     report = lkconv.explain(X, W, padding=(3, 2))
-    assert report.algorithm in ("direct", "fft", "toeplitz")
+    assert report.algorithm in ("direct", "planar", "fft", "toeplitz")
     assert report.isa == lkconv._C.active_isa()
     assert len(report.tile) == 2 and report.flops > 0 and report.scratch_bytes >= 0
     assert set(report.passes) == {"forward", "backward_input", "backward_weight"}
@@ -211,7 +211,7 @@ print(report.algorithm, dict(report.alternatives).get("cpu:fft"), sep="|")
 def test_an_unknown_algorithm_is_an_error():
     code = "import torch, lkconv; lkconv.depthwise_conv2d(torch.zeros(1, 8, 6, 6), torch.zeros(8, 1, 3, 3))"
     done = processes.run([sys.executable, "-c", code], env={"LKCONV_ALGORITHM": "quick"})
-    assert done.returncode == 1 and "direct, fft, toeplitz or aten; got 'quick'" in done.stderr
+    assert done.returncode == 1 and "direct, planar, fft, toeplitz or aten; got 'quick'" in done.stderr
 
 
 def test_explain_of_torch_unbatched_same_and_autocast():

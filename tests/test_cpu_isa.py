@@ -66,3 +66,12 @@ def test_layouts_under_isa(isa):
 def test_without_fft():
     passed = run_pytest(DEPTHWISE, "-k", "test_core or test_large", env={"LKCONV_FFT": "0"})
     assert passed == PER_CASE * (len(cases.CORE) + len(cases.LARGE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["direct", "planar"])
+@pytest.mark.parametrize("isa", [isa for isa in usable_isas() if isa != "amx"])
+def test_algorithms_where_the_planner_would_choose_another(algorithm, isa):
+    env = {"LKCONV_ALGORITHM": algorithm, "LKCONV_MAX_CPU_ISA": isa}
+    passed = run_pytest(DEPTHWISE, "-k", "test_core and not backward_weight", env=env)
+    assert passed == PER_CASE * len(cases.CORE) * 2 // 3

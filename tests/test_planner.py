@@ -7,6 +7,7 @@ import pytest
 import lkconv._C
 
 ISAS = lkconv._C.compiled_isas()
+SUMMED = ("direct", "planar")  # term by term
 PASSES = ("forward", "backward_input", "backward_weight")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 SCRATCH_LIMIT = 16 << 20  # per thread: kMaxScratchBytes in csrc/cpu/planner.h
@@ -105,7 +106,7 @@ def test_the_switch_turns_the_fft_off(pass_name, dtype):
     assert not fft["possible"]
     if dtype != "float64":
         assert fft["reason"] == "LKCONV_FFT=0"
-        assert candidates(pass_name, **shape)[0]["algorithm"] != "direct"
+        assert candidates(pass_name, **shape)[0]["algorithm"] not in SUMMED
 
 
 def test_reasons_name_the_cause():
@@ -128,15 +129,42 @@ def test_reasons_name_the_cause():
 def test_large_kernels_leave_direct_summation_and_never_return(pass_name):
     """On a 56x56 map there is one kernel size from which on something faster is chosen."""
     chosen = [candidates(pass_name, kernel=(k, k), aten=False)[0]["algorithm"] for k in range(1, 52, 2)]
-    assert chosen[0] == chosen[1] == "direct" and chosen[-1] != "direct"
-    changes = sum((a == "direct") != (b == "direct") for a, b in itertools.pairwise(chosen))
-    assert changes == 1, chosen
+    summed = [algorithm in SUMMED for algorithm in chosen]
+    assert summed[0] and summed[1] and not summed[-1]
+    assert sum(a != b for a, b in itertools.pairwise(summed)) == 1, chosen
 
 
 @pytest.mark.parametrize("pass_name", ["forward", "backward_input"])
 def test_small_kernels_are_summed_directly(pass_name):
     for k, side in itertools.product((1, 2, 3), (7, 14, 56, 200)):
-        assert candidates(pass_name, (8, 96, side, side), (k, k), aten=False)[0]["algorithm"] == "direct"
+        for channels_last in (False, True):
+            plan = candidates(
+                pass_name, (8, 96, side, side), (k, k), aten=False, channels_last=channels_last
+            )[0]
+            assert plan["algorithm"] in (("direct",) if channels_last else SUMMED)
+
+
+@pytest.mark.parametrize("pass_name", ["forward", "backward_input"])
+def test_rows_are_summed_along_where_they_fill_vectors_and_are_contiguous(pass_name):
+    def chosen(side, **options):
+        return candidates(pass_name, (8, 96, side, side), (3, 3), aten=False, **options)[0]["algorithm"]
+
+    for isa in set(ISAS) - {"baseline"}:
+        assert chosen(56, isa=isa) == chosen(56, isa=isa, stride=(2, 2)) == "planar"
+        assert chosen(4, isa=isa) == chosen(56, isa=isa, channels_last=True) == "direct"
+    assert chosen(56, dtype="float64") == "direct"
+
+
+def test_planar_says_why_not():
+    def reason(*args, **options):
+        plan = of("planar", candidates(*args, **options))
+        assert not plan["possible"]
+        return plan["reason"]
+
+    assert "backward_weight" in reason("backward_weight")
+    assert "float64" in reason(dtype="float64")
+    assert "row" in reason(channels_last=True)
+    assert "memory" in reason(size=(1, 1, 9000, 9000), kernel=(7, 7), dilation=(900, 1), padding=(2700, 3))
 
 
 def test_pytorch_takes_small_kernels_on_large_maps_only():
@@ -174,11 +202,12 @@ def test_pytorch_takes_strided_input_gradients_of_channels_last_maps():
 
 
 @all_passes
-@pytest.mark.parametrize("only", ["direct", "fft", "toeplitz", "aten"])
+@pytest.mark.parametrize("only", ["direct", "planar", "fft", "toeplitz", "aten"])
 def test_one_algorithm_can_be_asked_for(pass_name, only):
     for dtype, kernel in itertools.product(DTYPES, ((3, 3), (13, 13), (31, 31))):
-        free = candidates(pass_name, kernel=kernel, dtype=dtype, channels_last=True)
-        asked = candidates(pass_name, kernel=kernel, dtype=dtype, channels_last=True, only=only)
+        layout = {"channels_last": only != "planar"}
+        free = candidates(pass_name, kernel=kernel, dtype=dtype, **layout)
+        asked = candidates(pass_name, kernel=kernel, dtype=dtype, **layout, only=only)
         if of(only, free)["possible"]:
             assert asked[0]["algorithm"] == only
             assert all(c["reason"] == f"LKCONV_ALGORITHM={only}" for c in asked[1:] if c["possible"])

@@ -5,6 +5,8 @@
 #include <new>
 #include <numeric>
 
+#include "planar_plan.h"
+
 namespace lkconv::cpu {
 namespace {
 
@@ -22,10 +24,20 @@ Switches own_kernels_only() {
   return s;
 }
 
+void run_planar(const PlanarProblem& p, const Plan& plan, const ParallelFor& parallel) {
+  const ForwardProblem& f = p.phases[0];
+  if (f.batch == 0 || f.channels == 0) return;
+  const Kernels& k = *kernels_for(plan.isa);
+  const int64_t tasks = f.batch * f.channels * ceil_div(f.out_height, plan.tile_h);
+  parallel(tasks, grain_for(tasks, plan.cycles * double(p.phases_h * p.phases_w)),
+           [&](int64_t a, int64_t b) { k.forward_planar(p, plan, a, b); });
+}
+
 void run_forward(const ForwardProblem& p, const Machine& m, const ParallelFor& parallel) {
   if (p.batch == 0 || p.channels == 0 || p.out_height == 0 || p.out_width == 0) return;
   const DType dtype = p.input.dtype;
   const Plan plan = choose_depthwise_conv2d(Pass::forward, p, p.reduce, dtype, m, own_kernels_only());
+  if (plan.algorithm == Algorithm::planar) return run_planar({&p, 1, 1}, plan, parallel);
   const Kernels& k = *kernels_for(plan.isa);
   const auto kernel = plan.algorithm == Algorithm::toeplitz ? k.forward_toeplitz
                       : plan.algorithm == Algorithm::fft    ? k.forward_fft
@@ -49,7 +61,7 @@ void run_weight(const WeightProblem& p, const Plan& plan, Kernel kernel, Reduce 
                 const ParallelFor& parallel) {
   const int64_t groups = channel_groups(p.channels, plan);
   auto partial = allocate<T>(plan.splits * groups * p.kernel_h * p.kernel_w * plan.lanes);
-  const int64_t tasks = groups * plan.splits;
+  const int64_t tasks = ceil_div(groups, plan.span) * plan.splits;
   parallel(tasks, grain_for(tasks, plan.cycles),
            [&](int64_t a, int64_t b) { kernel(p, plan, partial.get(), a, b); });
   const double reduce_cycles = double(groups * plan.splits * p.kernel_h * p.kernel_w) * 4;
@@ -63,6 +75,8 @@ bool adjacent_channels(const ConvParams& p, const TensorView& a, const TensorVie
   return a.stride_c == 1 && b.stride_c == 1 && p.multiplier == 1;
 }
 
+bool contiguous_rows(const TensorView& a, const TensorView& b) { return a.stride_w == 1 && b.stride_w == 1; }
+
 bool prefers_aten(const ConvParams& p, Pass pass, const TensorView& from, const TensorView& to,
                   const Machine& m) {
   if (p.batch * p.out_channels() * p.out_height * p.out_width == 0) return false;
@@ -70,6 +84,7 @@ bool prefers_aten(const ConvParams& p, Pass pass, const TensorView& from, const 
       pass == Pass::forward ? forward_problem(p) : backward_input_phases(p, from, {}, to).at(0);
   f.adjacent = adjacent_channels(p, from, to);
   f.dense = from.stride_w == p.channels;
+  f.rows = contiguous_rows(from, to);
   return choose_depthwise_conv2d(pass, f, f.reduce, from.dtype, m, switches_from_environment()).algorithm ==
          Algorithm::aten;
 }
@@ -80,16 +95,29 @@ void depthwise_conv2d(const ConvParams& p, const TensorView& input, const Tensor
   ForwardProblem f = forward_problem(p);
   f.input = input, f.weight = weight, f.bias = bias, f.output = output;
   f.adjacent = adjacent_channels(p, input, output);
+  f.rows = contiguous_rows(input, output);
   run_forward(f, m, parallel);
 }
 
 void depthwise_conv2d_backward_input(const ConvParams& p, const TensorView& grad_output,
                                      const TensorView& weight, const TensorView& grad_input, const Machine& m,
                                      const ParallelFor& parallel) {
-  for (ForwardProblem& f : backward_input_phases(p, grad_output, weight, grad_input)) {
+  std::vector<ForwardProblem> phases = backward_input_phases(p, grad_output, weight, grad_input);
+  for (ForwardProblem& f : phases) {
     f.adjacent = adjacent_channels(p, grad_output, grad_input);
-    run_forward(f, m, parallel);
+    f.rows = contiguous_rows(grad_output, grad_input);
   }
+  if (phases.size() > 1 && phases[0].rows) {
+    const ForwardProblem& f = phases[0];
+    const Plan plan =
+        choose_depthwise_conv2d(Pass::backward_input, f, f.reduce, grad_output.dtype, m, own_kernels_only());
+    if (plan.algorithm == Algorithm::planar) {
+      const int64_t phases_w = std::min(p.stride_w, p.width);
+      return run_planar({phases.data(), int64_t(phases.size()) / phases_w, phases_w}, plan, parallel);
+    }
+    for (ForwardProblem& phase : phases) phase.rows = false;  // each writes every stride-th pixel
+  }
+  for (const ForwardProblem& f : phases) run_forward(f, m, parallel);
 }
 
 void depthwise_conv2d_backward_weight(const ConvParams& p, const TensorView& grad_output,

@@ -22,6 +22,8 @@ void depthwise_conv2d_backward_weight(const ConvParams& p, const TensorView& gra
                                       const TensorView& input, const TensorView& grad_weight,
                                       const Machine& m, const ParallelFor& parallel);
 
+// Whether neighbouring pixels of a row are neighbours in memory in both tensors (contiguous).
+bool contiguous_rows(const TensorView& a, const TensorView& b);
 // Whether neighbouring channels are neighbours in memory in both tensors (channels_last).
 bool adjacent_channels(const ConvParams& p, const TensorView& a, const TensorView& b);
 // Whether the planner expects PyTorch's own convolution to be faster than every kernel here,

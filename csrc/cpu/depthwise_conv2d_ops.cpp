@@ -58,13 +58,12 @@ Tensor op_forward(const Tensor& input, const Tensor& weight, const std::optional
   OpCall c = forward_call(input, weight, bias, stride, padding, dilation, false);
   const Machine m = machine();
   if (prefers_aten(c.p, Pass::forward, c.first, c.out, m)) {
-    c.output = Tensor();  // its memory, perhaps still in a cache, is there for PyTorch's result
     const Tensor result = aten_forward(input, weight, bias, stride, padding, dilation);
     if (has_strides_of(result, c.out)) return result;
-    Tensor output = empty_like_format({result.size(0), result.size(1), result.size(2), result.size(3)}, input,
-                                      suggested_format(input));
-    return torch::stable::copy_(output, result);
+    c.allocate(input);
+    return torch::stable::copy_(c.output, result);
   }
+  c.allocate(input);
   depthwise_conv2d(c.p, c.first, c.second, c.bias, c.out, m, parallel);
   return c.output;
 }
@@ -75,9 +74,11 @@ Tensor op_backward_input(const Tensor& grad_output, const Tensor& weight,
   OpCall c = backward_input_call(grad_output, weight, input_size, stride, padding, dilation, false);
   const Machine m = machine();
   if (prefers_aten(c.p, Pass::backward_input, c.first, c.out, m)) {
+    c.allocate(grad_output);
     const Tensor result = aten_backward_input(grad_output, c.output, weight, stride, padding, dilation);
     return has_strides_of(result, c.out) ? result : torch::stable::copy_(c.output, result);
   }
+  c.allocate(grad_output);
   depthwise_conv2d_backward_input(c.p, c.first, c.second, c.out, m, parallel);
   return c.output;
 }
@@ -85,7 +86,8 @@ Tensor op_backward_input(const Tensor& grad_output, const Tensor& weight,
 Tensor op_backward_weight(const Tensor& grad_output, const Tensor& input,
                           const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
                           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
-  const OpCall c = backward_weight_call(grad_output, input, kernel_size, stride, padding, dilation, false);
+  OpCall c = backward_weight_call(grad_output, input, kernel_size, stride, padding, dilation, false);
+  c.allocate(grad_output);
   depthwise_conv2d_backward_weight(c.p, c.first, c.second, c.out, machine(), parallel);
   return c.output;
 }

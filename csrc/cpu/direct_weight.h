@@ -41,18 +41,23 @@ LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, const T* grad, const 
 }
 
 // The same for any stride and dilation.
-template <class T, int V>
-LKCONV_INLINE void correlate_strided(T* acc, const T* grad, const T* in, int64_t n, int64_t stride,
-                                     int64_t dil) {
+template <class T, int U, int V>
+LKCONV_INLINE void correlate_strided(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_row,
+                                     int64_t n, int64_t stride, int64_t dil) {
   constexpr int L = kLanes<T>;
-  Vec<T> a[V] = {};
-  for (int64_t x = 0; x < n; ++x) {
-    Vec<T> d = load(grad + x * L);
+  Vec<T> a[U][V] = {};
+  for (int64_t x = 0; x < n; ++x, in += stride * L) {
+    const Vec<T> d = load(grad + x * L);
+    const T* row = in;
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u, row += in_row)
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) a[v] += d * load(in + (x * stride + v * dil) * L);
+      for (int v = 0; v < V; ++v) a[u][v] += d * load(row + v * dil * L);
   }
+#pragma GCC unroll 4
+  for (int u = 0; u < U; ++u)
 #pragma GCC unroll 16
-  for (int v = 0; v < V; ++v) store(acc + v * L, load(acc + v * L) + a[v]);
+    for (int v = 0; v < V; ++v) store(acc + u * acc_row + v * L, load(acc + u * acc_row + v * L) + a[u][v]);
 }
 
 // Kernel rows handled together: enough independent sums to hide the latency of a multiply-add.
@@ -60,12 +65,23 @@ constexpr int rows_together(int taps) { return taps <= 3 ? 3 : taps <= 5 ? 2 : 1
 
 template <class T, int V>
 void correlate_rows(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_row, int64_t rows,
-                    int64_t n) {
+                    int64_t n, int64_t stride, int64_t dil) {
   constexpr int U = rows_together(V);
-  int64_t u = 0;
-  for (; u + U <= rows; u += U)
-    correlate_unit<T, U, V>(acc + u * acc_row, acc_row, grad, in + u * in_row, in_row, n);
-  for (; u < rows; ++u) correlate_unit<T, 1, V>(acc + u * acc_row, acc_row, grad, in + u * in_row, in_row, n);
+  const bool unit = stride == 1 && dil == 1;
+  for (int64_t u = 0; u < rows;) {
+    T* to = acc + u * acc_row;
+    const T* from = in + u * in_row;
+    const bool together = u + U <= rows;
+    if (unit && together)
+      correlate_unit<T, U, V>(to, acc_row, grad, from, in_row, n);
+    else if (unit)
+      correlate_unit<T, 1, V>(to, acc_row, grad, from, in_row, n);
+    else if (together)
+      correlate_strided<T, U, V>(to, acc_row, grad, from, in_row, n, stride, dil);
+    else
+      correlate_strided<T, 1, V>(to, acc_row, grad, from, in_row, n, stride, dil);
+    u += together ? U : 1;
+  }
 }
 
 // All taps of kernel rows [0, rows) against one row of grad_output.
@@ -73,17 +89,12 @@ template <class T>
 void correlate(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_row, int64_t rows,
                int64_t taps, int64_t n, int64_t stride, int64_t dil) {
   constexpr int L = kLanes<T>;
-  const bool unit = stride == 1 && dil == 1;
   while (taps > 0) {
     const int64_t part = taps <= kMaxTaps ? taps : taps <= 2 * kMaxTaps ? (taps + 1) / 2 : kMaxTaps;
     switch (part) {
-#define LKCONV_CASE(V)                                                                     \
-  case V:                                                                                  \
-    if (unit)                                                                              \
-      correlate_rows<T, V>(acc, acc_row, grad, in, in_row, rows, n);                       \
-    else                                                                                   \
-      for (int64_t u = 0; u < rows; ++u)                                                   \
-        correlate_strided<T, V>(acc + u * acc_row, grad, in + u * in_row, n, stride, dil); \
+#define LKCONV_CASE(V)                                                          \
+  case V:                                                                       \
+    correlate_rows<T, V>(acc, acc_row, grad, in, in_row, rows, n, stride, dil); \
     break;
       LKCONV_CASE(1)
       LKCONV_CASE(2)
@@ -103,46 +114,87 @@ void correlate(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_r
   }
 }
 
-// Task = (channel group, split of the batch); writes partial[split][group][tap][lane].
+// Scratch of one task of the weight kernel, per channel group of its span: an input window, the tile's rows
+// of grad_output, and the sums of one image.
+template <class T>
+struct WeightScratch {
+  int64_t count = 0;
+  Window<T> window[kMaxSpan];
+  Lanes<T> input[kMaxSpan], grad_output[kMaxSpan];
+  T *grad[kMaxSpan], *image[kMaxSpan];
+
+  WeightScratch(const WeightProblem& p, const Plan& plan) {
+    constexpr int L = kLanes<T>;
+    const DirectTile first = direct_tile(p, plan, 0, 0);
+    const int64_t row = (first.ix1 - first.ix0) * L;
+    const int64_t ring = std::max<int64_t>(
+        1, std::min(p.height, (plan.tile_h - 1) * p.stride_h + (p.kernel_h - 1) * p.dil_h + 1));
+    const int64_t grads = plan.tile_h * plan.tile_w * L, taps = p.kernel_h * p.kernel_w * L;
+    T* at = thread_scratch<T>((row * ring + grads + taps) * plan.span);
+    for (int64_t g = 0; g < plan.span; ++g, at += row * ring + grads + taps) {
+      window[g] = {at, row, ring};
+      grad[g] = at + row * ring;
+      image[g] = grad[g] + grads;
+    }
+  }
+};
+
+// Adds one tile's products to the sums of its image.
+template <class T>
+void correlate_tile(const WeightProblem& p, const WeightScratch<T>& s, const DirectTile& t, int64_t g) {
+  constexpr int L = kLanes<T>;
+  const Window<T>& w = s.window[g];
+  const int64_t grad_row = (t.x1 - t.x0) * L;
+  for (int64_t y = t.y0; y < t.y1; ++y) {
+    const int64_t top = y * p.stride_h - p.pad_h;
+    int64_t u0, u1;
+    clip_taps(top, top, p.height, p.kernel_h, p.dil_h, u0, u1);
+    if (u1 <= u0) continue;
+    correlate(s.image[g] + u0 * p.kernel_w * L, p.kernel_w * L, s.grad[g] + (y - t.y0) * grad_row,
+              w.base + (top + u0 * p.dil_h - t.iy0) * w.row, w.row * p.dil_h, u1 - u0, p.kernel_w,
+              t.x1 - t.x0, p.stride_w, p.dil_w);
+  }
+}
+
+// The sums of one image for the groups of a span.
+template <class T>
+void correlate_image(const WeightProblem& p, const Plan& plan, WeightScratch<T>& s, int64_t n, int64_t c0) {
+  constexpr int L = kLanes<T>;
+  for (int64_t g = 0; g < s.count; ++g) {
+    const int64_t c = c0 + g * L;
+    s.input[g] = make_lanes<T>(p.input, n, c, p.channels, [&](int64_t c) { return c / p.channel_div; });
+    s.grad_output[g] = make_lanes<T>(p.grad_output, n, c, p.channels, [](int64_t c) { return c; });
+    zero(s.image[g], p.kernel_h * p.kernel_w);
+  }
+  const int64_t tiles_x = ceil_div(p.out_width, plan.tile_w),
+                tiles = ceil_div(p.out_height, plan.tile_h) * tiles_x;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const DirectTile t = direct_tile(p, plan, tile / tiles_x, tile % tiles_x);
+    load_window(s.window, s.input, s.count, t, t.iy0, t.iy1, p.width);
+    load_rows(s.grad, (t.x1 - t.x0) * L, L, s.grad_output, s.count, t.y0, t.y1, t.x0, t.x1);
+    for (int64_t g = 0; g < s.count; ++g) correlate_tile(p, s, t, g);
+  }
+}
+
+// Task = (span of channel groups, split of the batch); writes partial[split][group][tap][lane].
 template <class T>
 void weight_direct(const WeightProblem& p, const Plan& plan, T* partial, int64_t task0, int64_t task1) {
   constexpr int L = kLanes<T>;
-  const int64_t tiles_y = ceil_div(p.out_height, plan.tile_h), tiles_x = ceil_div(p.out_width, plan.tile_w);
-  const DirectTile first = direct_tile(p, plan, 0, 0);
-  const int64_t row = (first.ix1 - first.ix0) * L;
-  const int64_t max_rows =
-      std::min(p.height, (plan.tile_h - 1) * p.stride_h + (p.kernel_h - 1) * p.dil_h + 1);
-  const int64_t taps = p.kernel_h * p.kernel_w;
-  const Window<T> window{thread_scratch<T>(row * max_rows + plan.tile_h * plan.tile_w * L + taps * L), row,
-                         std::max<int64_t>(1, max_rows)};
-  T* grad = window.base + row * max_rows;
-  T* image = grad + plan.tile_h * plan.tile_w * L;
-  const int64_t groups = channel_groups(p.channels, plan);
+  WeightScratch<T> s(p, plan);
+  const int64_t taps = p.kernel_h * p.kernel_w, groups = channel_groups(p.channels, plan);
   for (int64_t task = task0; task < task1; ++task) {
-    const int64_t g = task / plan.splits, s = task % plan.splits, c0 = g * L;
-    T* total = partial + (s * groups + g) * taps * L;
-    zero(total, taps);
-    for (int64_t n = p.batch * s / plan.splits; n < p.batch * (s + 1) / plan.splits; ++n) {
-      const Lanes<T> in =
-          make_lanes<T>(p.input, n, c0, p.channels, [&](int64_t c) { return c / p.channel_div; });
-      const Lanes<T> out = make_lanes<T>(p.grad_output, n, c0, p.channels, [](int64_t c) { return c; });
-      zero(image, taps);
-      for (int64_t tile = 0; tile < tiles_y * tiles_x; ++tile) {
-        const DirectTile t = direct_tile(p, plan, tile / tiles_x, tile % tiles_x);
-        const int64_t grad_row = (t.x1 - t.x0) * L;
-        load_window(&window, &in, 1, t, t.iy0, t.iy1, p.width);
-        load_rows(grad, grad_row, L, out, t.y0, t.y1, t.x0, t.x1);
-        for (int64_t y = t.y0; y < t.y1; ++y) {
-          const int64_t top = y * p.stride_h - p.pad_h;
-          int64_t u0, u1;
-          clip_taps(top, top, p.height, p.kernel_h, p.dil_h, u0, u1);
-          if (u1 <= u0) continue;
-          correlate(image + u0 * p.kernel_w * L, p.kernel_w * L, grad + (y - t.y0) * grad_row,
-                    window.base + (top + u0 * p.dil_h - t.iy0) * row, row * p.dil_h, u1 - u0, p.kernel_w,
-                    t.x1 - t.x0, p.stride_w, p.dil_w);
+    const int64_t g0 = task / plan.splits * plan.span, split = task % plan.splits;
+    s.count = std::min(plan.span, groups - g0);
+    T* total = partial + (split * groups + g0) * taps * L;
+    zero(total, taps * s.count);
+    const int64_t n0 = p.batch * split / plan.splits, n1 = p.batch * (split + 1) / plan.splits;
+    for (int64_t n = n0; n < n1; ++n) {
+      correlate_image(p, plan, s, n, g0 * L);
+      for (int64_t g = 0; g < s.count; ++g)
+        for (int64_t i = 0; i < taps * L; i += L) {
+          T* to = total + g * taps * L + i;
+          store(to, load(to) + load(s.image[g] + i));
         }
-      }
-      for (int64_t i = 0; i < taps; ++i) store(total + i * L, load(total + i * L) + load(image + i * L));
     }
   }
 }

@@ -22,10 +22,14 @@ struct ScaledSumProblem {
   bool channels_last;
 };
 
+struct PlanarProblem;
+
 struct Kernels {
-  int lanes_f32, lanes_f64;
+  int lanes_f32, lanes_f64, vector_registers;
   void (*forward_direct_f32)(const ForwardProblem&, const Plan&, int64_t task0, int64_t task1);
   void (*forward_direct_f64)(const ForwardProblem&, const Plan&, int64_t task0, int64_t task1);
+  // Every stride phase of a plane at once.
+  void (*forward_planar)(const PlanarProblem&, const Plan&, int64_t task0, int64_t task1);
   void (*forward_fft)(const ForwardProblem&, const Plan&, int64_t task0, int64_t task1);
   void (*weight_direct_f32)(const WeightProblem&, const Plan&, float* partial, int64_t task0, int64_t task1);
   void (*weight_direct_f64)(const WeightProblem&, const Plan&, double* partial, int64_t task0, int64_t task1);

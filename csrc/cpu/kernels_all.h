@@ -5,6 +5,7 @@
 #include "lanes_io.h"
 #include "direct.h"
 #include "direct_weight.h"
+#include "planar.h"
 #include "fft.h"
 #include "fft_conv.h"
 #include "merge.h"
@@ -15,8 +16,10 @@ namespace lkconv::cpu::LKCONV_ISA {
 inline constexpr Kernels kKernels = {
     kLanes<float>,
     kLanes<double>,
+    LKCONV_VECTOR_REGISTERS,
     forward_direct<float>,
     forward_direct<double>,
+    forward_planar,
     forward_fft,
     weight_direct<float>,
     weight_direct<double>,

@@ -10,6 +10,7 @@
 
 #include "half.h"
 #include "kernels.h"
+#include "planar_plan.h"
 
 #define LKCONV_ISA baseline
 #define LKCONV_VECTOR_BYTES 16

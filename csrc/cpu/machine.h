@@ -12,6 +12,7 @@ struct Machine {
   Isa isa;
   int64_t threads;
   int64_t lanes_f32, lanes_f64;
+  bool many_registers = false;  // 32 vector registers, not 16
 };
 
 const char* isa_name(Isa isa);

@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "fft_plan.h"
+#include "planar_plan.h"
 #include "toeplitz_plan.h"
 
 namespace lkconv::cpu {
@@ -17,9 +18,11 @@ namespace {
 constexpr int64_t kWindowBytes =
     384 << 10;  // of a direct tile's input window: well inside a second-level cache
 constexpr int64_t kMaxTileWidth = 128;
+constexpr int64_t kMaxWeightSpan = 4;
 constexpr int64_t kMaxAtenTaps = 25;
 constexpr int64_t kMaxAtenPhaseTaps = 36;  // taps of the first phase times phases: at most 5x5 at stride 2
 constexpr double kAtenMargin = 1.1;
+constexpr int64_t kFarBytes = 6 << 20;
 constexpr double kLeastFftProducts = 16;  // a transform's rounding errors exceed those of so short a sum
 constexpr int64_t kBatchPixels = 224;     // outputs computed between loading and storing
 
@@ -29,14 +32,17 @@ struct Costs {
   double move[2];           // one vector of pixels between a tensor and scratch
   double phase_move[2];     // a phase of backward_input writes every stride-th pixel
   double kernel_tap;        // one vector of taps to scratch
+  double planar, planar_move;
   double fft, fft_move[2];  // whole transforms over the sum of their butterflies
   double toeplitz, toeplitz_move[2];
-  double aten_tap, aten_move, aten_call;  // of oneDNN; what one of its calls costs beyond ours
+  double aten_tap, aten_move, aten_far_move;  // of oneDNN; far: both tensors together leave the caches
+  double aten_call;                           // what one of its calls costs beyond ours
 };
-constexpr Costs kOneMultiplier{1.12, 1.5, {9, 15}, {22, 60}, 20, 1.55, {9, 22}, 1, {0, 0}, 1.25, 5, 160000};
+constexpr Costs kOneMultiplier{1.12,    1.5, {9, 18}, {22, 60}, 20, 1.0, 3,     1.55,
+                               {9, 22}, 1,   {0, 0},  1.25,     5,  16,  160000};
 // Processors with AMX start two multiply-adds of 64 bytes per cycle; a core's share of memory is no faster.
-constexpr Costs kTwoMultipliers{0.6,      0.87, {16, 17}, {85, 140}, 45, 1.02,
-                                {20, 12}, 0.6,  {17, 3},  1.0,       10, 310000};
+constexpr Costs kTwoMultipliers{0.6,      0.87, {16, 17}, {85, 140}, 45, 0.55, 6,     1.02,
+                                {20, 12}, 0.6,  {17, 3},  1.0,       10, 10,   310000};
 const Costs& costs_on(const Machine& m) { return m.isa == Isa::amx ? kTwoMultipliers : kOneMultiplier; }
 
 // Number of (output, tap) pairs on one axis whose input lies inside the image.
@@ -86,6 +92,15 @@ void choose_span(const Geometry& g, const Machine& m, int64_t bytes_per_group, P
     p.span = even_part(groups, std::max<int64_t>(1, p.span * tasks * parts / wanted));
 }
 
+// Channel groups whose channels_last memory a task of backward_weight streams together; enough tasks remain
+// for every thread.
+void choose_weight_span(const Geometry& g, const Machine& m, Plan& p) {
+  if (!g.adjacent) return;
+  const int64_t groups = channel_groups(g.channels, p);
+  const int64_t most = m.threads > 1 ? groups * g.batch / (2 * m.threads) : groups;
+  p.span = even_part(groups, std::clamp<int64_t>(most, 1, std::min(groups, kMaxWeightSpan)));
+}
+
 Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
   Plan p;
   p.algorithm = Algorithm::direct;
@@ -98,11 +113,13 @@ Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, cons
       ((p.tile_w - 1) * g.stride_w + std::max<int64_t>(g.kernel_w - 1, 0) * g.dil_w + 1) * vector;
   const int64_t halo = std::max<int64_t>(g.kernel_h - 1, 0) * g.dil_h + 1, taps = g.kernel_h * g.kernel_w;
   if (pass == Pass::backward_weight) {
-    int64_t rows = std::max<int64_t>(1, (kWindowBytes / row - halo) / g.stride_h + 1);
+    choose_weight_span(g, m, p);
+    const int64_t budget = kWindowBytes / (p.span > 1 ? 2 * p.span : 1);
+    int64_t rows = std::max<int64_t>(1, (budget / row - halo) / g.stride_h + 1);
     rows = std::max(rows, std::min(g.out_height, halo / g.stride_h + 1));  // re-read at most half of the rows
     p.tile_h = even_part(g.out_height, rows);
-    p.scratch_bytes = row * std::min(g.height, (p.tile_h - 1) * g.stride_h + halo) +
-                      p.tile_h * p.tile_w * vector + taps * vector;
+    p.scratch_bytes = p.span * (row * std::min(g.height, (p.tile_h - 1) * g.stride_h + halo) +
+                                p.tile_h * p.tile_w * vector + taps * vector);
   } else {
     p.tile_h = g.out_height;
     p.batch_rows = even_part(g.out_height, std::max<int64_t>(4, ceil_div(kBatchPixels, p.tile_w)));
@@ -213,6 +230,16 @@ const char* toeplitz_plan_for(Pass pass, const Geometry& g, int64_t reduce, DTyp
   return nullptr;
 }
 
+const char* planar_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
+                            const Switches&, Plan& p) {
+  if (const char* declined = planar_plan(pass, g, reduce, dtype, m, p)) return declined;
+  const Costs& c = costs_on(m);
+  const double vectors = double(reduce * g.height * ceil_div(g.width, m.lanes_f32)) / double(g.phases) +
+                         double(g.out_height * ceil_div(g.out_width, m.lanes_f32));
+  p.cycles = c.planar * p.cycles + c.planar_move * vectors * double(g.batch * g.channels);
+  return nullptr;
+}
+
 const char* direct_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
                             const Switches&, Plan& p) {
   p = direct_plan(pass, g, reduce, dtype, m);
@@ -244,8 +271,10 @@ const char* aten_plan_for(Pass pass, const Geometry& g, int64_t, DType dtype, co
   const double vectors = double(channel_groups(g.channels, p) * g.batch) * pixels;
   const Costs& c = costs_on(m);
   p.flops = 2 * double(taps * g.batch * g.channels) * pixels;
-  p.cycles = kAtenMargin * (vectors * (c.aten_tap * double(taps) / phases + c.aten_move * (forward ? 1 : 4)) +
-                            c.aten_call / phases);
+  const bool far =
+      g.stride_h == 1 && g.phases == 1 && vectors * double(p.lanes * dtype_size(dtype)) > double(kFarBytes);
+  const double move = far ? c.aten_far_move : c.aten_move * (forward ? 1 : 4);
+  p.cycles = kAtenMargin * (vectors * (c.aten_tap * double(taps) / phases + move) + c.aten_call / phases);
   return nullptr;
 }
 
@@ -254,15 +283,16 @@ struct Entry {
   const char* (*plan)(Pass, const Geometry&, int64_t, DType, const Machine&, const Switches&, Plan&);
 };
 constexpr Entry kEntries[] = {{Algorithm::direct, direct_plan_for},
+                              {Algorithm::planar, planar_plan_for},
                               {Algorithm::fft, fft_plan_for},
                               {Algorithm::toeplitz, toeplitz_plan_for},
                               {Algorithm::aten, aten_plan_for}};
 
 void choose_splits(Pass pass, const Geometry& g, const Machine& m, Plan& p) {
   if (pass != Pass::backward_weight) return;
-  const int64_t groups = channel_groups(g.channels, p);
-  if (groups % m.threads == 0 || groups >= 8 * m.threads) return;
-  p.splits = std::clamp<int64_t>(ceil_div(4 * m.threads, groups), 1, std::max<int64_t>(1, g.batch));
+  const int64_t spans = ceil_div(channel_groups(g.channels, p), p.span);
+  if (spans % m.threads == 0 || spans >= 8 * m.threads) return;
+  p.splits = std::clamp<int64_t>(ceil_div(4 * m.threads, spans), 1, std::max<int64_t>(1, g.batch));
 }
 
 std::optional<Algorithm> algorithm_from_environment() {
@@ -270,14 +300,14 @@ std::optional<Algorithm> algorithm_from_environment() {
   if (!name || !*name) return std::nullopt;
   for (const Entry& entry : kEntries)
     if (!std::strcmp(name, algorithm_name(entry.algorithm))) return entry.algorithm;
-  throw std::invalid_argument(std::string("LKCONV_ALGORITHM must be direct, fft, toeplitz or aten; got '") +
-                              name + "'");
+  throw std::invalid_argument(
+      std::string("LKCONV_ALGORITHM must be direct, planar, fft, toeplitz or aten; got '") + name + "'");
 }
 
 }  // namespace
 
 const char* algorithm_name(Algorithm a) {
-  constexpr const char* names[] = {"direct", "fft", "toeplitz", "aten"};
+  constexpr const char* names[] = {"direct", "planar", "fft", "toeplitz", "aten"};
   return names[int(a)];
 }
 

@@ -10,7 +10,7 @@ using lkconv::ForwardProblem;
 using lkconv::Geometry;
 using lkconv::WeightProblem;
 
-enum class Algorithm : int8_t { direct, fft, toeplitz, aten };
+enum class Algorithm : int8_t { direct, planar, fft, toeplitz, aten };
 enum class Isa : int8_t { baseline, avx2, avx512, amx };
 
 // What the planner decides and the kernels follow.
@@ -21,6 +21,7 @@ struct Plan {
   int64_t tile_h = 0, tile_w = 0;  // outputs per tile
   int64_t batch_rows = 1;          // direct: output rows computed between loading and storing
   int64_t span = 1;                // direct: channel groups handled together
+  int64_t block = 0;               // planar: which of kPlanarBlocks
   int64_t images = 1;              // toeplitz: images per task (forward) or chunk (backward_weight)
   int64_t fft_h = 0, fft_w = 0;    // fft: transform lengths
   int64_t splits = 1;              // backward_weight: parts of the batch summed separately, then in order

@@ -29,7 +29,8 @@ Tensor op_forward(const Tensor& input, const Tensor& weight, const std::optional
                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                   const std::vector<int64_t>& dilation) {
   StreamExecutor e(input);
-  const OpCall c = forward_call(input, weight, bias, stride, padding, dilation, true);
+  OpCall c = forward_call(input, weight, bias, stride, padding, dilation, true);
+  c.allocate(input);
   ForwardProblem f = forward_problem(c.p);
   f.input = c.first, f.weight = c.second, f.bias = c.bias, f.output = c.out;
   run_forward(e, f, switches_for(c.first.dtype));
@@ -40,7 +41,8 @@ Tensor op_backward_input(const Tensor& grad_output, const Tensor& weight,
                          const std::vector<int64_t>& input_size, const std::vector<int64_t>& stride,
                          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
   StreamExecutor e(grad_output);
-  const OpCall c = backward_input_call(grad_output, weight, input_size, stride, padding, dilation, true);
+  OpCall c = backward_input_call(grad_output, weight, input_size, stride, padding, dilation, true);
+  c.allocate(grad_output);
   const Switches s = switches_for(c.first.dtype);
   for (const ForwardProblem& f : backward_input_phases(c.p, c.first, c.second, c.out)) run_forward(e, f, s);
   return c.output;
@@ -50,7 +52,8 @@ Tensor op_backward_weight(const Tensor& grad_output, const Tensor& input,
                           const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
                           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
   StreamExecutor e(grad_output);
-  const OpCall c = backward_weight_call(grad_output, input, kernel_size, stride, padding, dilation, true);
+  OpCall c = backward_weight_call(grad_output, input, kernel_size, stride, padding, dilation, true);
+  c.allocate(grad_output);
   WeightProblem w = weight_problem(c.p);
   w.grad_output = c.first, w.input = c.second, w.grad_weight = c.out;
   run_weight(e, w, switches_for(c.first.dtype));

@@ -95,6 +95,12 @@ def test_random_convolutions_without_fft(fuzz):
     assert "0 failures" in execute(fuzz, 900001, CONVOLUTIONS // 3, LKCONV_FFT="0")
 
 
+@pytest.mark.parametrize("algorithm", ["direct", "planar"])
+def test_random_convolutions_by(fuzz, algorithm):
+    """Small images too, where the planner would choose another."""
+    assert "0 failures" in execute(fuzz, 800001, CONVOLUTIONS // 2, LKCONV_ALGORITHM=algorithm)
+
+
 def test_random_merges(fuzz):
     assert f"{MERGES} merges, 0 failures" in execute(fuzz, "merge", 1, MERGES)
 

@@ -1,0 +1,137 @@
+#include "planar_plan.h"
+
+#include <limits>
+
+namespace lkconv::cpu {
+namespace {
+
+constexpr int64_t kNearBytes = 16 << 10;  // a window that stays in a first-level cache ...
+constexpr int64_t kFarBytes = 256 << 10;  // ... and in a second-level cache, for tall kernels
+
+// Counts that the planner scales to cycles.
+constexpr double kLoad = 0.55;  // a vector of pixels, mostly across two cache lines, beside a multiply-add
+constexpr double kStridedLoads = 1.8;  // one for each product, in the same terms
+constexpr double kBlock = 25;          // a block's call, its sums in and out
+constexpr double kKernelTap = 2;       // one tap to scratch
+constexpr double kPlane = 150;
+
+int64_t round_up(int64_t size, int64_t unit) { return ceil_div(size, unit) * unit; }
+
+// Share of the kernel's rows that blocks of output rows meet inside the image.
+double rows_inside(const Geometry& g, int64_t block_rows) {
+  double inside = 0;
+  for (int64_t y = 0; y < g.out_height; y += block_rows) {
+    const int64_t first = std::max<int64_t>(0, std::min(y, g.out_height - block_rows)) * g.stride_h - g.pad_h;
+    const int64_t last = first + (block_rows - 1) * g.stride_h;
+    const int64_t u0 = last >= 0 ? 0 : std::min(g.kernel_h, ceil_div(-last, g.dil_h));
+    const int64_t u1 = first >= g.height ? u0 : std::min(g.kernel_h, ceil_div(g.height - first, g.dil_h));
+    inside += double(std::max<int64_t>(0, u1 - u0));
+  }
+  return inside / double(std::max<int64_t>(1, g.kernel_h * ceil_div(g.out_height, block_rows)));
+}
+
+struct Count {
+  double products = 0, loads = 0, blocks = 0;  // vectors, of one plane and phase
+};
+Count count_plane(const Geometry& g, const PlanarBlock& b, int64_t tile_h, int64_t lanes) {
+  const double down =
+      double(ceil_div(g.out_height, tile_h) * ceil_div(std::min(tile_h, g.out_height), b.rows));
+  const double across = double(ceil_div(g.out_width, b.vectors * lanes));
+  const double inside = rows_inside(g, b.rows), taps = double(g.kernel_h * g.kernel_w) * inside;
+  const double parts = double(ceil_div(g.kernel_h, 8));
+  Count c;
+  c.blocks = down * across * std::max(1.0, parts * inside);
+  c.products = down * across * double(b.rows * b.vectors) * taps;
+  c.loads = g.stride_h == 1 && g.dil_h == 1 ? down * across * double(b.vectors * g.kernel_w) * inside *
+                                                  (parts * double(b.rows - 1) + double(g.kernel_h))
+                                            : kStridedLoads * c.products;
+  return c;
+}
+
+// Output rows per task: the window stays in the nearest cache unless its halo would be most of it.
+int64_t tile_rows(const Geometry& g, const PlanarBlock& b, int64_t row_bytes) {
+  const int64_t halo = std::max<int64_t>(0, g.kernel_h - 1) * g.dil_h + 1;
+  const auto fits = [&](int64_t bytes) { return (bytes / row_bytes - halo) / g.stride_h + 1; };
+  const int64_t limit =
+      std::max({b.rows, fits(kNearBytes), std::min(fits(kFarBytes), 4 * halo / g.stride_h)});
+  return round_up(ceil_div(g.out_height, ceil_div(g.out_height, limit)), b.rows);
+}
+
+// The problem as one phase whose neighbours may reach a little further.
+PlanarSizes sizes_of_one(const Geometry& g, int64_t reduce, const Plan& plan) {
+  ForwardProblem f{};
+  static_cast<Geometry&>(f) = g;
+  f.reduce = reduce;
+  PlanarSizes s = planar_sizes({&f, 1, 1}, plan);
+  if (g.phases == 1) return s;
+  const int64_t reach = g.dil_h + g.dil_w + 2;
+  s.elements += reduce * (reach * s.row + (s.rows + reach) * round_up(reach, plan.lanes));
+  s.elements += g.phases * (s.out_rows * s.out_pitch + reduce * (g.kernel_h + 1) * (g.kernel_w + 1) * 4);
+  return s;
+}
+
+}  // namespace
+
+PlanarSizes planar_sizes(const PlanarProblem& p, const Plan& plan) {
+  const PlanarBlock& block = kPlanarBlocks[plan.block];
+  const int64_t lanes = plan.lanes, count = p.phases_h * p.phases_w;
+  const Geometry& g = p.phases[0];
+  PlanarSizes s{};
+  s.top = g.pad_h, s.left = g.pad_w;
+  int64_t columns = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    s.top = std::max(s.top, p.phases[i].pad_h);
+    s.left = std::max(s.left, p.phases[i].pad_w);
+    s.taps += p.phases[i].kernel_h * p.phases[i].kernel_w;
+  }
+  // How far the last tap lies from where the window begins.
+  int64_t down = 0, across = 0, widest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Geometry& f = p.phases[i];
+    down = std::max(down, s.top - f.pad_h + std::max<int64_t>(0, f.kernel_h - 1) * f.dil_h);
+    across = std::max(across, s.left - f.pad_w + std::max<int64_t>(0, f.kernel_w - 1) * f.dil_w);
+    columns += f.kernel_w;
+    widest = std::max(widest, f.out_width);
+  }
+  s.out_rows = std::max(plan.tile_h, block.rows);
+  s.out_pitch = round_up(std::max(widest, block.vectors * lanes), lanes) + lanes;
+  s.rows = (s.out_rows - 1) * g.stride_h + down + 1;
+  s.columns = std::max<int64_t>(0, (widest - 1) * g.stride_w + across + 1);
+  const int64_t cover = std::max(widest, block.vectors * lanes);
+  s.segment = round_up(cover + across / g.stride_w + 1 + lanes, lanes);
+  s.row = s.segment * g.stride_w;
+  if (s.row / lanes % 2 == 0) s.row += lanes;  // rows begin in different cache sets
+  s.taps = round_up(s.taps, lanes);
+  s.elements = p.phases[0].reduce * (s.rows * s.row + s.taps) + count * s.out_rows * s.out_pitch +
+               columns * int64_t(sizeof(int64_t) / sizeof(float));
+  return s;
+}
+
+const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
+                        Plan& plan) {
+  plan.algorithm = Algorithm::planar;
+  plan.isa = m.isa;
+  plan.lanes = m.lanes_f32;
+  if (pass == Pass::backward_weight) return "it has no backward_weight";
+  if (dtype == DType::f64) return "float64 is summed by channels";
+  if (!g.rows) return "the pixels of a row are not neighbours in memory";
+  plan.tile_w = g.out_width;
+  double best = std::numeric_limits<double>::infinity();
+  for (int64_t i = 0; i < planar_blocks(m.many_registers); ++i) {
+    Plan p = plan;
+    p.block = i;
+    p.tile_h = 1;
+    p.tile_h = tile_rows(g, kPlanarBlocks[i], sizes_of_one(g, reduce, p).row * int64_t(sizeof(float)));
+    const Count c = count_plane(g, kPlanarBlocks[i], p.tile_h, m.lanes_f32);
+    const double taps = double(g.kernel_h * g.kernel_w);
+    p.cycles =
+        double(reduce) * (c.products + kLoad * c.loads + kBlock * c.blocks + kKernelTap * taps) + kPlane;
+    p.flops = 2 * double(m.lanes_f32 * g.batch * g.channels * reduce) * c.products;
+    if (p.cycles < best) best = p.cycles, plan = p;
+  }
+  plan.cycles *= double(g.batch * g.channels);
+  plan.scratch_bytes = sizes_of_one(g, reduce, plan).elements * int64_t(sizeof(float));
+  return plan.scratch_bytes > kMaxScratchBytes ? "its scratch memory would exceed the limit" : nullptr;
+}
+
+}  // namespace lkconv::cpu

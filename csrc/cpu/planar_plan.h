@@ -1,0 +1,45 @@
+// Direct summation along the rows of a plane, whose lanes are neighbouring outputs of one channel: what
+// planner, launcher and kernels must agree on. Nothing is transposed; the price is lanes past narrow rows.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "planner.h"
+
+namespace lkconv::cpu {
+
+// Outputs in registers at a time: rows x vectors. With 16 registers, 7 sums, 7 taps and a pixel fill them.
+struct PlanarBlock {
+  int64_t rows, vectors;
+};
+constexpr PlanarBlock kPlanarBlocks[] = {{7, 1}, {8, 1}, {14, 1}, {7, 2}, {8, 2}, {7, 3}};
+constexpr int64_t kPlanarBlockCount = sizeof(kPlanarBlocks) / sizeof(kPlanarBlocks[0]);
+// Blocks that an instruction set with so few registers can hold: a prefix of the list.
+constexpr int64_t planar_blocks(bool many_registers) { return many_registers ? kPlanarBlockCount : 1; }
+
+// The problems that share one read of the input: the forward pass alone, or every stride phase of
+// backward_input, row phases outermost.
+struct PlanarProblem {
+  const ForwardProblem* phases;
+  int64_t phases_h, phases_w;
+
+  const ForwardProblem& phase(int64_t y, int64_t x) const { return phases[y * phases_w + x]; }
+};
+
+// One thread's scratch: a window of input rows with its zero halo, whose columns are dealt to stride_w
+// segments so that the columns one tap reads are neighbours; and finished rows that cannot go straight to the
+// output.
+struct PlanarSizes {
+  int64_t top, left;            // halo before the first output's pixel, in input rows and columns
+  int64_t rows, columns;        // of the window
+  int64_t segment, row;         // elements per segment and per row
+  int64_t out_rows, out_pitch;  // finished rows of one phase
+  int64_t taps, elements;       // kernel elements of all phases; elements of the scratch in all
+};
+PlanarSizes planar_sizes(const PlanarProblem& p, const Plan& plan);
+
+const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
+                        Plan& plan);
+
+}  // namespace lkconv::cpu
