@@ -19,11 +19,12 @@ struct PlanarRows {
   int64_t last;
 };
 
-// The taps of a block: columns[v] is where column v lies in the window; taps[v * column + u].
+// The taps of a block: tap (u, v) is taps[u * row + v * column]; columns[v] is where its pixels lie in the
+// window.
 template <class T>
 struct PlanarTaps {
   const T* taps;
-  int64_t column;
+  int64_t row, column;
   const int64_t* columns;
   int64_t count;
 };
@@ -82,7 +83,7 @@ void planar_unit(const PlanarRows<T>& r, const PlanarTaps<T>& w, T initial) {
     Vec<T> k[K];
 #pragma GCC unroll 8
     for (int u = 0; u < K; ++u) {
-      k[u] = broadcast(taps[u]);
+      k[u] = broadcast(taps[u * w.row]);
       keep(k[u]);
     }
 #pragma GCC unroll 32
@@ -112,7 +113,7 @@ void planar_strided(const PlanarRows<T>& r, const PlanarTaps<T>& w, T initial, i
   for (int64_t v = 0; v < w.count; ++v) {
     const T *column = r.in + w.columns[v], *taps = w.taps + v * w.column;
     for (int64_t u = 0; u < rows; ++u, column += dil * r.in_row) {
-      const Vec<T> k = broadcast(taps[u]);
+      const Vec<T> k = broadcast(taps[u * w.row]);
       const T* in = column;
 #pragma GCC unroll 16
       for (int y = 0; y < Y; ++y, in += stride * r.in_row)
@@ -302,7 +303,9 @@ struct PlanarTask {
     return *best;
   }
 
+  // The kernels of one output channel: in the weight itself where it holds them as T, else in scratch.
   void load_taps(int64_t c) {
+    if (taps_in_place()) return;
     for (int64_t j = 0; j < reduce(); ++j) {
       T* at = taps + j * s.taps;
       for (int64_t i = 0; i < p.phases_h * p.phases_w; ++i) {
@@ -310,12 +313,25 @@ struct PlanarTask {
         with_type(f.weight.dtype, [&](auto* type) {
           using S = std::remove_pointer_t<decltype(type)>;
           const S* from = element<S>(f.weight, 0, f.weight_channel(c, j), 0);
-          const int64_t down = f.weight.stride_h, across = f.weight.stride_w, rows = f.kernel_h;
-          for (int64_t v = 0; v < f.kernel_w; ++v, from += across)
-            for (int64_t u = 0; u < rows; ++u) *at++ = T(scalar_load(from + u * down));
+          for (int64_t u = 0; u < f.kernel_h; ++u, from += f.weight.stride_h)
+            for (int64_t v = 0; v < f.kernel_w; ++v) *at++ = T(scalar_load(from + v * f.weight.stride_w));
         });
       }
     }
+  }
+  bool taps_in_place() const { return dtype_size(p.phases[0].weight.dtype) == sizeof(T); }
+
+  // The kernel of input plane 0; `scratch` is where it would be in there, and `next` leads to that of
+  // plane 1.
+  PlanarTaps<T> taps_of(const ForwardProblem& f, int64_t c, const T* scratch, const int64_t* columns,
+                        int64_t& next) const {
+    if (!taps_in_place()) {
+      next = s.taps;
+      return {scratch, f.kernel_w, 1, columns, f.kernel_w};
+    }
+    next = f.weight.stride_c;
+    return {element<T>(f.weight, 0, f.weight_channel(c, 0), 0), f.weight.stride_h, f.weight.stride_w, columns,
+            f.kernel_w};
   }
 
   // Input rows of output rows [y0, ...) of every phase; rows outside the image become zero.
@@ -337,15 +353,16 @@ struct PlanarTask {
   }
 
   // One block: output rows from y of the tile that begins at y0, columns from x.
-  void sum_block(const ForwardProblem& f, const T* taps, const int64_t* columns, T initial, int64_t y0,
-                 int64_t y, int64_t x, T* to, int64_t to_row) const {
+  void sum_block(const ForwardProblem& f, PlanarTaps<T> w, int64_t next, T initial, int64_t y0, int64_t y,
+                 int64_t x, T* to, int64_t to_row) const {
     const int64_t first = (y0 + y) * f.stride_h - f.pad_h;
     int64_t u0, u1;
     clip_taps(first, first + (block.rows - 1) * f.stride_h, f.height, f.kernel_h, f.dil_h, u0, u1);
     const T* in = window + (y * f.stride_h + s.top - f.pad_h) * s.row + x;
+    const T* kernel = w.taps;
     const int64_t width = block.vectors * kLanes<T>;
     PlanarRows<T> rows{to, to_row, in, s.row, kLanes<T> - std::max<int64_t>(0, width - to_row)};
-    PlanarTaps<T> w{taps, f.kernel_h, columns, u1 > u0 ? f.kernel_w : 0};
+    if (u1 <= u0) w.count = 0;
     const bool unit = f.stride_h == 1 && f.dil_h == 1 && u1 > u0;
     bool more = false;
     for (int64_t j = 0; j < reduce(); ++j) {
@@ -353,7 +370,7 @@ struct PlanarTask {
       do {
         const int64_t part = unit ? taps_together(u1 - u) : u1 - u0;
         rows.in = in + j * s.rows * s.row + u * f.dil_h * s.row;
-        w.taps = taps + j * s.taps + u;
+        w.taps = kernel + j * next + u * w.row;
         if (unit)
           kernels.unit[more][part - 1](rows, w, initial);
         else
@@ -366,14 +383,17 @@ struct PlanarTask {
 
   // `count` output rows from y0 of one phase. The last blocks move up and left to stay whole; what they
   // compute twice comes out the same. Too few rows or columns for one block run over, into scratch.
-  void sum_phase(const ForwardProblem& f, const T* taps, const int64_t* columns, T initial, int64_t y0,
-                 int64_t count, T* to, int64_t to_row) const {
+  void sum_phase(const ForwardProblem& f, int64_t c, const T* scratch_taps, const int64_t* columns,
+                 int64_t y0, int64_t count, T* to, int64_t to_row) const {
     const int64_t width = block.vectors * kLanes<T>;
+    int64_t next;
+    const PlanarTaps<T> w = taps_of(f, c, scratch_taps, columns, next);
+    const T bias = initial(f, c);
     for (int64_t yb = 0; yb < count; yb += block.rows) {
       const int64_t y = std::max<int64_t>(0, std::min(yb, count - block.rows));
       for (int64_t xb = 0; xb < f.out_width; xb += width) {
         const int64_t x = std::max<int64_t>(0, std::min(xb, f.out_width - width));
-        sum_block(f, taps, columns, initial, y0, y, x, to + y * to_row + x, to_row);
+        sum_block(f, w, next, bias, y0, y, x, to + y * to_row + x, to_row);
       }
     }
   }
@@ -406,7 +426,7 @@ struct PlanarTask {
       const int64_t* of_phase = columns;
       for (int64_t rx = 0; rx < p.phases_w; ++rx) {
         const ForwardProblem& f = p.phase(ry, rx);
-        sum_phase(f, at, of_phase, initial(f, c), y0, rows_of(ry, y0),
+        sum_phase(f, c, at, of_phase, y0, rows_of(ry, y0),
                   out + (ry * p.phases_w + rx) * s.out_rows * s.out_pitch, s.out_pitch);
         at += f.kernel_h * f.kernel_w;
         of_phase += widest(rx).kernel_w;
@@ -435,7 +455,7 @@ struct PlanarTask {
     for (int64_t j = 0; j < reduce(); ++j)
       load_window(n, f.input_channel(c, j), y0, window + j * s.rows * s.row);
     if (straight(f, rows_of(0, y0)))
-      return sum_phase(f, taps, columns, initial(f, c), y0, rows_of(0, y0), element<T>(f.output, n, c, y0),
+      return sum_phase(f, c, taps, columns, y0, rows_of(0, y0), element<T>(f.output, n, c, y0),
                        f.output.stride_h);
     sum_phases(c, y0);
     store_phases(n, c, y0);
@@ -447,12 +467,14 @@ inline void forward_planar(const PlanarProblem& p, const Plan& plan, int64_t tas
   PlanarTask<float> t(p, plan);
   const ForwardProblem& f = p.phases[0];
   const int64_t tiles = ceil_div(f.out_height, plan.tile_h);
-  int64_t loaded = -1;
+  int64_t n = task0 / tiles / f.channels, c = task0 / tiles % f.channels, tile = task0 % tiles;
+  t.load_taps(c);
   for (int64_t task = task0; task < task1; ++task) {
-    const int64_t plane = task / tiles, c = plane % f.channels;
-    if (c != loaded) t.load_taps(c);
-    loaded = c;
-    t.run(plane / f.channels, c, task % tiles);
+    t.run(n, c, tile);
+    if (++tile < tiles) continue;
+    tile = 0;
+    if (++c == f.channels) c = 0, ++n;
+    t.load_taps(c);
   }
 }
 
