@@ -43,7 +43,9 @@ struct Outputs {
 // out[i] (+)= sum over u < rows, v < V of fixed[u][v] * sliding[u][i + v]; assigns when kAssign, and writes
 // the outputs in reverse order when kReverse. A convolution slides over pixels and holds taps; the dense form
 // below slides over taps and holds pixels.
-template <class T, int X, int V, bool kAssign, bool kReverse, class Sliding, class Fixed>
+// The first kLeft and the last kRight of the X + V - 1 values slid over are zeros, which are left out.
+template <class T, int X, int V, bool kAssign, bool kReverse, int kLeft = 0, int kRight = 0, class Sliding,
+          class Fixed>
 LKCONV_INLINE void tile_unit(const Outputs<T>& out, const Sliding& sliding, const Fixed& fixed,
                              int64_t rows) {
   constexpr int L = kLanes<T>;
@@ -57,7 +59,7 @@ LKCONV_INLINE void tile_unit(const Outputs<T>& out, const Sliding& sliding, cons
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) k[v] = load(held + v * L);
 #pragma GCC unroll 32
-    for (int j = 0; j < X + V - 1; ++j) {
+    for (int j = kLeft; j < X + V - 1 - kRight; ++j) {
       Vec<T> p = load(in + j * L);
       if (V > 1) keep(p);
 #pragma GCC unroll 16
@@ -127,6 +129,33 @@ void block_unit(const Outputs<T>& out, Sliding sliding, Fixed fixed, int64_t row
     part = taps_together(held);
     tile_unit<T, X, false, kReverse>(part, out, sliding, fixed, rows);
   }
+}
+
+constexpr int kLeastEdgeBlock = 4;  // smaller ones are for images that small
+
+template <class T, int X, int V>
+LKCONV_INLINE void tile_at_edge(const Outputs<T>& out, const RowTable<T>& pixels, const RowStep<T>& taps,
+                                int64_t rows, bool left, bool right) {
+  constexpr int P = V / 2;
+  if (left && right)
+    tile_unit<T, X, V, true, false, P, P>(out, pixels, taps, rows);
+  else if (left)
+    tile_unit<T, X, V, true, false, P, 0>(out, pixels, taps, rows);
+  else
+    tile_unit<T, X, V, true, false, 0, P>(out, pixels, taps, rows);
+}
+
+template <class T, int X>
+void block_at_edge(const Outputs<T>& out, const RowTable<T>& pixels, const RowStep<T>& taps, int64_t rows,
+                   int64_t width, bool left, bool right) {
+  if constexpr (X < kLeastEdgeBlock)
+    block_unit<T, X, false>(out, pixels, taps, rows, width);
+  else if (width == 3)
+    tile_at_edge<T, X, 3>(out, pixels, taps, rows, left, right);
+  else if (width == 5)
+    tile_at_edge<T, X, 5>(out, pixels, taps, rows, left, right);
+  else
+    tile_at_edge<T, X, 7>(out, pixels, taps, rows, left, right);
 }
 
 // Geometry of one tile of outputs, in pixels of the padded scratch image.
@@ -271,7 +300,7 @@ void direct_row(const Geometry& p, const DirectTile& t, int64_t y, const T* cons
   int64_t u0, u1;
   clip_taps(top, top, p.height, p.kernel_h, p.dil_h, u0, u1);
   const bool unit = p.stride_w == 1 && p.dil_w == 1;
-  const bool dense = dense_columns(p);
+  const bool dense = dense_columns(p), halo = known_halo(p);
   for (int64_t xb = t.x0; xb < t.x1; xb += X) {
     // The last block moves left to stay whole; what it computes twice comes out the same.
     const int64_t x = std::max(t.x0, std::min(xb, t.x1 - X));
@@ -288,7 +317,11 @@ void direct_row(const Geometry& p, const DirectTile& t, int64_t y, const T* cons
       const RowTable<T> image{rows, p.dil_h, (0 - t.ix0) * L};
       const RowStep<T> slid{kernel + (u0 * p.kernel_w + p.pad_w - (x + X - 1)) * L, p.kernel_w * L};
       block_unit<T, X, true>(to, slid, image, u1 - u0, p.width);
-    } else if (unit)
+    } else if (halo && (x == 0 || x + X == p.out_width))
+      block_at_edge<T, X>(to, {rows, p.dil_h, (left - t.ix0) * L},
+                          {kernel + u0 * p.kernel_w * L, p.kernel_w * L}, u1 - u0, p.kernel_w, x == 0,
+                          x + X == p.out_width);
+    else if (unit)
       block_unit<T, X, false>(to, pixels, taps, u1 - u0, v1 - v0);
     else
       tile_strided<T, X>(to, pixels, taps, u1 - u0, v1 - v0, p.stride_w, p.dil_w);

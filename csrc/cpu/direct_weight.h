@@ -4,40 +4,66 @@
 
 namespace lkconv::cpu::LKCONV_ISA {
 
-// acc[u][v] += sum over x < n of grad[x] * in[u][x + v]
-template <class T, int U, int V>
-LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_row,
-                                  int64_t n) {
-  constexpr int L = kLanes<T>, B = 4;
-  Vec<T> a[U][V] = {};
-  int64_t x = 0;
-  for (; x + B <= n; x += B) {
-    Vec<T> d[B];
+// a[u][v] += sum over x < B of grad[x] * in[u][x + v]. The first kLeft and the last kRight of the B + V - 1
+// pixels of a row are zeros, which are left out.
+template <class T, int B, int kLeft, int kRight, int U, int V>
+LKCONV_INLINE void correlate_block(Vec<T> (&a)[U][V], const T* grad, const T* in, int64_t in_row) {
+  constexpr int L = kLanes<T>;
+  Vec<T> d[B];
+#pragma GCC unroll 8
+  for (int i = 0; i < B; ++i) d[i] = load(grad + i * L);
 #pragma GCC unroll 4
-    for (int i = 0; i < B; ++i) d[i] = load(grad + (x + i) * L);
-#pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) {
+  for (int u = 0; u < U; ++u, in += in_row) {
 #pragma GCC unroll 16
-      for (int j = 0; j < B + V - 1; ++j) {
-        Vec<T> p = load(in + u * in_row + (x + j) * L);
-        if (V > 1) keep(p);
+    for (int j = kLeft; j < B + V - 1 - kRight; ++j) {
+      Vec<T> p = load(in + j * L);
+      if (V > 1) keep(p);
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v)
-          if (j - v >= 0 && j - v < B) a[u][v] += d[j - v] * p;
-      }
+      for (int v = 0; v < V; ++v)
+        if (j - v >= 0 && j - v < B) a[u][v] += d[j - v] * p;
     }
   }
-  for (; x < n; ++x) {
-    Vec<T> d = load(grad + x * L);
-#pragma GCC unroll 4
-    for (int u = 0; u < U; ++u)
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) a[u][v] += d * load(in + u * in_row + (x + v) * L);
+}
+
+// acc[u][v] += sum over x < n of grad[x] * in[u][x + v], B values of x at a time. With kHalo the row of grad
+// is as wide as the image, and V / 2 pixels at either end of `in` are halo.
+template <class T, int U, int V, int B, bool kHalo>
+LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_row,
+                                  int64_t n) {
+  constexpr int L = kLanes<T>, P = kHalo ? V / 2 : 0;
+  Vec<T> a[U][V] = {};
+  int64_t x = 0;
+  const int64_t last = kHalo && n % B == 0 ? n - B : n;  // where a block that ends in halo begins
+  if (kHalo && last == 0) {
+    correlate_block<T, B, P, P>(a, grad, in, in_row);
+    x = B;
+  } else if (kHalo && n >= B) {
+    correlate_block<T, B, P, 0>(a, grad, in, in_row);
+    x = B;
   }
+  for (; x + B <= n && x != last; x += B) correlate_block<T, B, 0, 0>(a, grad + x * L, in + x * L, in_row);
+  if (kHalo && x == last && x < n) {
+    correlate_block<T, B, 0, P>(a, grad + x * L, in + x * L, in_row);
+    x += B;
+  }
+  for (; B > 4 && x + 4 <= n; x += 4) correlate_block<T, 4, 0, 0>(a, grad + x * L, in + x * L, in_row);
+  for (; x < n; ++x) correlate_block<T, 1, 0, 0>(a, grad + x * L, in + x * L, in_row);
 #pragma GCC unroll 4
   for (int u = 0; u < U; ++u)
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) store(acc + u * acc_row + v * L, load(acc + u * acc_row + v * L) + a[u][v]);
+}
+
+// Values of x at a time: as many as registers hold, and such that they divide the rows of most networks.
+template <class T, int U, int V, bool kHalo>
+LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_row,
+                                  int64_t n) {
+  if constexpr (kRegisters < 32)
+    correlate_unit<T, U, V, 4, kHalo>(acc, acc_row, grad, in, in_row, n);
+  else if (n % 7 == 0)
+    correlate_unit<T, U, V, 7, kHalo>(acc, acc_row, grad, in, in_row, n);
+  else
+    correlate_unit<T, U, V, 8, kHalo>(acc, acc_row, grad, in, in_row, n);
 }
 
 // The same for any stride and dilation.
@@ -61,40 +87,47 @@ LKCONV_INLINE void correlate_strided(T* acc, int64_t acc_row, const T* grad, con
 }
 
 // Kernel rows handled together: enough independent sums to hide the latency of a multiply-add.
-constexpr int rows_together(int taps) { return taps <= 3 ? 3 : taps <= 5 ? 2 : 1; }
+constexpr int rows_together(int taps) { return taps <= 3 ? 3 : taps <= (kRegisters >= 32 ? 7 : 5) ? 2 : 1; }
+
+// How a row of grad_output meets rows of the input.
+struct RowMatch {
+  int64_t n, stride, dil;
+  bool halo;  // known_halo of problem.h
+};
+
+template <class T, int U, int V>
+LKCONV_INLINE void correlate_some(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_row,
+                                  const RowMatch& m) {
+  constexpr bool kOdd = V == 3 || V == 5 || V == 7;
+  if (m.stride != 1 || m.dil != 1)
+    correlate_strided<T, U, V>(acc, acc_row, grad, in, in_row, m.n, m.stride, m.dil);
+  else if (kOdd && m.halo)
+    correlate_unit<T, U, V, kOdd>(acc, acc_row, grad, in, in_row, m.n);
+  else
+    correlate_unit<T, U, V, false>(acc, acc_row, grad, in, in_row, m.n);
+}
 
 template <class T, int V>
 void correlate_rows(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_row, int64_t rows,
-                    int64_t n, int64_t stride, int64_t dil) {
+                    const RowMatch& m) {
   constexpr int U = rows_together(V);
-  const bool unit = stride == 1 && dil == 1;
-  for (int64_t u = 0; u < rows;) {
-    T* to = acc + u * acc_row;
-    const T* from = in + u * in_row;
-    const bool together = u + U <= rows;
-    if (unit && together)
-      correlate_unit<T, U, V>(to, acc_row, grad, from, in_row, n);
-    else if (unit)
-      correlate_unit<T, 1, V>(to, acc_row, grad, from, in_row, n);
-    else if (together)
-      correlate_strided<T, U, V>(to, acc_row, grad, from, in_row, n, stride, dil);
-    else
-      correlate_strided<T, 1, V>(to, acc_row, grad, from, in_row, n, stride, dil);
-    u += together ? U : 1;
-  }
+  int64_t u = 0;
+  for (; u + U <= rows; u += U)
+    correlate_some<T, U, V>(acc + u * acc_row, acc_row, grad, in + u * in_row, in_row, m);
+  for (; u < rows; ++u) correlate_some<T, 1, V>(acc + u * acc_row, acc_row, grad, in + u * in_row, in_row, m);
 }
 
 // All taps of kernel rows [0, rows) against one row of grad_output.
 template <class T>
 void correlate(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_row, int64_t rows,
-               int64_t taps, int64_t n, int64_t stride, int64_t dil) {
+               int64_t taps, const RowMatch& m) {
   constexpr int L = kLanes<T>;
   while (taps > 0) {
-    const int64_t part = taps <= kMaxTaps ? taps : taps <= 2 * kMaxTaps ? (taps + 1) / 2 : kMaxTaps;
+    const int64_t part = taps_together(taps);
     switch (part) {
-#define LKCONV_CASE(V)                                                          \
-  case V:                                                                       \
-    correlate_rows<T, V>(acc, acc_row, grad, in, in_row, rows, n, stride, dil); \
+#define LKCONV_CASE(V)                                             \
+  case V:                                                          \
+    correlate_rows<T, V>(acc, acc_row, grad, in, in_row, rows, m); \
     break;
       LKCONV_CASE(1)
       LKCONV_CASE(2)
@@ -110,7 +143,7 @@ void correlate(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_r
     }
     taps -= part;
     acc += part * L;
-    in += part * dil * L;
+    in += part * m.dil * L;
   }
 }
 
@@ -144,15 +177,15 @@ template <class T>
 void correlate_tile(const WeightProblem& p, const WeightScratch<T>& s, const DirectTile& t, int64_t g) {
   constexpr int L = kLanes<T>;
   const Window<T>& w = s.window[g];
-  const int64_t grad_row = (t.x1 - t.x0) * L;
+  const int64_t width = t.x1 - t.x0, grad_row = width * L;
+  const RowMatch match{width, p.stride_w, p.dil_w, known_halo(p) && width == p.width};
   for (int64_t y = t.y0; y < t.y1; ++y) {
     const int64_t top = y * p.stride_h - p.pad_h;
     int64_t u0, u1;
     clip_taps(top, top, p.height, p.kernel_h, p.dil_h, u0, u1);
     if (u1 <= u0) continue;
     correlate(s.image[g] + u0 * p.kernel_w * L, p.kernel_w * L, s.grad[g] + (y - t.y0) * grad_row,
-              w.base + (top + u0 * p.dil_h - t.iy0) * w.row, w.row * p.dil_h, u1 - u0, p.kernel_w,
-              t.x1 - t.x0, p.stride_w, p.dil_w);
+              w.base + (top + u0 * p.dil_h - t.iy0) * w.row, w.row * p.dil_h, u1 - u0, p.kernel_w, match);
   }
 }
 

@@ -196,7 +196,7 @@ void correlate_window(T* sum, const Window<T>& grad, const Window<T>& in, int64_
   const int64_t r = kernel / 2;
   for (int64_t y = y0; y < y1; ++y)
     correlate<T>(sum, kernel * L, grad.at(group, y, 0), in.at(group, y - r, -r), in.row_size(), kernel,
-                 kernel, in.width, 1, 1);
+                 kernel, {in.width, 1, 1, true});
 }
 
 // Rows of images handled at once, so that their pixels fill `bytes` of first-level cache.

@@ -131,9 +131,9 @@ Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, cons
   // Columns of the zero halo cost as much as the image's, but where the band matrix is full.
   const bool dense = pass != Pass::backward_weight && g.stride_w == 1 && g.dil_w == 1 &&
                      g.pad_w >= g.out_width - 1 && g.width - 1 + g.pad_w < g.kernel_w;
-  const double column_pairs = dense
-                                  ? double(g.width * g.out_width)
-                                  : double(g.out_width * std::min(g.kernel_w, (g.width + 13) / g.dil_w + 1));
+  double column_pairs = double(g.out_width * std::min(g.kernel_w, (g.width + 13) / g.dil_w + 1));
+  if (dense) column_pairs = double(g.width * g.out_width);
+  if (known_halo(g)) column_pairs -= double(g.pad_w * (g.pad_w + 1));  // both edges
   const double pairs =
       double(in_bounds_pairs(g.height, g.out_height, g.kernel_h, g.stride_h, g.pad_h, g.dil_h)) *
       double(in_bounds_pairs(g.width, g.out_width, g.kernel_w, g.stride_w, g.pad_w, g.dil_w));

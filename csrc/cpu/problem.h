@@ -41,4 +41,11 @@ inline int64_t direct_ring_rows(const Geometry& g, const Plan& plan) {
   return rows < g.height ? rows : g.height > 0 ? g.height : 1;
 }
 
+// Whether padding keeps the width of the image and one register tile takes all taps of a row: then the blocks
+// at the edges know which of their pixels are halo.
+inline bool known_halo(const Geometry& p) {
+  return p.stride_w == 1 && p.dil_w == 1 && p.width == p.out_width && 2 * p.pad_w + 1 == p.kernel_w &&
+         (p.kernel_w == 3 || p.kernel_w == 5 || p.kernel_w == 7);
+}
+
 }  // namespace lkconv::cpu
