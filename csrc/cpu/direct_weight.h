@@ -150,13 +150,13 @@ void correlate(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_r
 // Scratch of one task of the weight kernel, per channel group of its span: an input window, the tile's rows
 // of grad_output, and the sums of one image.
 template <class T>
-struct WeightScratch {
+struct DirectWeightScratch {
   int64_t count = 0;
   Window<T> window[kMaxSpan];
   Lanes<T> input[kMaxSpan], grad_output[kMaxSpan];
   T *grad[kMaxSpan], *image[kMaxSpan];
 
-  WeightScratch(const WeightProblem& p, const Plan& plan) {
+  DirectWeightScratch(const WeightProblem& p, const Plan& plan) {
     constexpr int L = kLanes<T>;
     const DirectTile first = direct_tile(p, plan, 0, 0);
     const int64_t row = (first.ix1 - first.ix0) * L;
@@ -174,7 +174,7 @@ struct WeightScratch {
 
 // Adds one tile's products to the sums of its image.
 template <class T>
-void correlate_tile(const WeightProblem& p, const WeightScratch<T>& s, const DirectTile& t, int64_t g) {
+void correlate_tile(const WeightProblem& p, const DirectWeightScratch<T>& s, const DirectTile& t, int64_t g) {
   constexpr int L = kLanes<T>;
   const Window<T>& w = s.window[g];
   const int64_t width = t.x1 - t.x0, grad_row = width * L;
@@ -191,7 +191,8 @@ void correlate_tile(const WeightProblem& p, const WeightScratch<T>& s, const Dir
 
 // The sums of one image for the groups of a span.
 template <class T>
-void correlate_image(const WeightProblem& p, const Plan& plan, WeightScratch<T>& s, int64_t n, int64_t c0) {
+void correlate_image(const WeightProblem& p, const Plan& plan, DirectWeightScratch<T>& s, int64_t n,
+                     int64_t c0) {
   constexpr int L = kLanes<T>;
   for (int64_t g = 0; g < s.count; ++g) {
     const int64_t c = c0 + g * L;
@@ -213,7 +214,7 @@ void correlate_image(const WeightProblem& p, const Plan& plan, WeightScratch<T>&
 template <class T>
 void weight_direct(const WeightProblem& p, const Plan& plan, T* partial, int64_t task0, int64_t task1) {
   constexpr int L = kLanes<T>;
-  WeightScratch<T> s(p, plan);
+  DirectWeightScratch<T> s(p, plan);
   const int64_t taps = p.kernel_h * p.kernel_w, groups = channel_groups(p.channels, plan);
   for (int64_t task = task0; task < task1; ++task) {
     const int64_t g0 = task / plan.splits * plan.span, split = task % plan.splits;
