@@ -30,17 +30,6 @@ struct PlanarTaps {
 };
 
 template <class T, int Y, int X>
-LKCONV_INLINE void load_sums(Vec<T> (&a)[Y][X], const PlanarRows<T>& r) {
-  constexpr int L = kLanes<T>;
-#pragma GCC unroll 16
-  for (int y = 0; y < Y; ++y)
-#pragma GCC unroll 4
-    for (int x = 0; x < X; ++x) {
-      const T* from = r.out + y * r.out_row + x * L;
-      a[y][x] = y + 1 == Y && x + 1 == X && r.last < L ? load_part(from, r.last, T()) : load(from);
-    }
-}
-template <class T, int Y, int X>
 LKCONV_INLINE void store_sums(const Vec<T> (&a)[Y][X], const PlanarRows<T>& r) {
   constexpr int L = kLanes<T>;
 #pragma GCC unroll 16
@@ -60,12 +49,18 @@ LKCONV_INLINE Vec<T> broadcast(T value) {
   return value - Vec<T>{};  // exactly: adding zero would lose the sign of one
 }
 
-template <class T, int Y, int X>
-LKCONV_INLINE void fill_sums(Vec<T> (&a)[Y][X], T initial) {
+// Where a block's sums begin: at `initial`, or at what an earlier part of the kernel left in the output.
+template <bool kAssign, class T, int Y, int X>
+LKCONV_INLINE void begin_sums(Vec<T> (&a)[Y][X], const PlanarRows<T>& r, T initial) {
+  constexpr int L = kLanes<T>;
 #pragma GCC unroll 16
   for (int y = 0; y < Y; ++y)
 #pragma GCC unroll 4
-    for (int x = 0; x < X; ++x) a[y][x] = broadcast(initial);
+    for (int x = 0; x < X; ++x) {
+      const T* from = r.out + y * r.out_row + x * L;
+      const bool part = y + 1 == Y && x + 1 == X && r.last < L;
+      a[y][x] = kAssign ? broadcast(initial) : part ? load_part(from, r.last, T()) : load(from);
+    }
 }
 
 // out (+)= K kernel rows at unit vertical stride and dilation.
@@ -73,10 +68,7 @@ template <class T, int Y, int X, int K, bool kAssign>
 void planar_unit(const PlanarRows<T>& r, const PlanarTaps<T>& w, T initial) {
   constexpr int L = kLanes<T>;
   Vec<T> a[Y][X];
-  if (kAssign)
-    fill_sums(a, initial);
-  else
-    load_sums(a, r);
+  begin_sums<kAssign>(a, r, initial);
   const T* taps = w.taps;
   for (int64_t v = 0; v < w.count; ++v, taps += w.column) {
     const T* in = r.in + w.columns[v];
@@ -106,10 +98,7 @@ void planar_strided(const PlanarRows<T>& r, const PlanarTaps<T>& w, T initial, i
                     int64_t dil) {
   constexpr int L = kLanes<T>;
   Vec<T> a[Y][X];
-  if (kAssign)
-    fill_sums(a, initial);
-  else
-    load_sums(a, r);
+  begin_sums<kAssign>(a, r, initial);
   for (int64_t v = 0; v < w.count; ++v) {
     const T *column = r.in + w.columns[v], *taps = w.taps + v * w.column;
     for (int64_t u = 0; u < rows; ++u, column += dil * r.in_row) {

@@ -15,17 +15,15 @@ constexpr double kBlock = 25;          // a block's call, its sums in and out
 constexpr double kKernelTap = 2;       // one tap to scratch
 constexpr double kPlane = 150;
 
-int64_t round_up(int64_t size, int64_t unit) { return ceil_div(size, unit) * unit; }
-
 // Share of the kernel's rows that blocks of output rows meet inside the image.
 double rows_inside(const Geometry& g, int64_t block_rows) {
   double inside = 0;
   for (int64_t y = 0; y < g.out_height; y += block_rows) {
     const int64_t first = std::max<int64_t>(0, std::min(y, g.out_height - block_rows)) * g.stride_h - g.pad_h;
     const int64_t last = first + (block_rows - 1) * g.stride_h;
-    const int64_t u0 = last >= 0 ? 0 : std::min(g.kernel_h, ceil_div(-last, g.dil_h));
-    const int64_t u1 = first >= g.height ? u0 : std::min(g.kernel_h, ceil_div(g.height - first, g.dil_h));
-    inside += double(std::max<int64_t>(0, u1 - u0));
+    int64_t u0, u1;
+    clip_taps(first, last, g.height, g.kernel_h, g.dil_h, u0, u1);
+    inside += double(u1 - u0);
   }
   return inside / double(std::max<int64_t>(1, g.kernel_h * ceil_div(g.out_height, block_rows)));
 }

@@ -22,7 +22,7 @@ constexpr int64_t kMaxWeightSpan = 4;
 constexpr int64_t kMaxAtenTaps = 25;
 constexpr int64_t kMaxAtenPhaseTaps = 36;  // taps of the first phase times phases: at most 5x5 at stride 2
 constexpr double kAtenMargin = 1.1;
-constexpr int64_t kFarBytes = 6 << 20;
+constexpr int64_t kAtenFarBytes = 6 << 20;
 constexpr double kLeastFftProducts = 16;  // a transform's rounding errors exceed those of so short a sum
 constexpr int64_t kBatchPixels = 224;     // outputs computed between loading and storing
 
@@ -66,11 +66,6 @@ double products_per_result(Pass pass, const Geometry& g) {
                              ? double(g.kernel_h * g.kernel_w) / double(std::max<int64_t>(1, g.batch))
                              : double(g.out_height * g.out_width);
   return pairs / std::max(1.0, results);
-}
-
-// Even parts no larger than `limit`.
-int64_t even_part(int64_t size, int64_t limit) {
-  return ceil_div(size, ceil_div(size, std::max<int64_t>(1, limit)));
 }
 
 // How many channel groups a direct task takes, and how many rows, so that channels_last memory is streamed
@@ -271,8 +266,8 @@ const char* aten_plan_for(Pass pass, const Geometry& g, int64_t, DType dtype, co
   const double vectors = double(channel_groups(g.channels, p) * g.batch) * pixels;
   const Costs& c = costs_on(m);
   p.flops = 2 * double(taps * g.batch * g.channels) * pixels;
-  const bool far =
-      g.stride_h == 1 && g.phases == 1 && vectors * double(p.lanes * dtype_size(dtype)) > double(kFarBytes);
+  const bool far = g.stride_h == 1 && g.phases == 1 &&
+                   vectors * double(p.lanes * dtype_size(dtype)) > double(kAtenFarBytes);
   const double move = far ? c.aten_far_move : c.aten_move * (forward ? 1 : 4);
   p.cycles = kAtenMargin * (vectors * (c.aten_tap * double(taps) / phases + move) + c.aten_call / phases);
   return nullptr;

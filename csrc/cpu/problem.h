@@ -32,6 +32,21 @@ struct Plan {
 
 constexpr int64_t kMaxSpan = 8;
 
+inline int64_t round_up(int64_t size, int64_t unit) { return ceil_div(size, unit) * unit; }
+// Even parts no larger than `limit`.
+inline int64_t even_part(int64_t size, int64_t limit) {
+  return ceil_div(size, ceil_div(size, std::max<int64_t>(1, limit)));
+}
+
+// First and last kernel row (or column) whose input index lies inside [0, size) for an output between those
+// whose first taps are at `first` and at `last`.
+inline void clip_taps(int64_t first, int64_t last, int64_t size, int64_t taps, int64_t dil, int64_t& u0,
+                      int64_t& u1) {
+  const auto steps = [dil](int64_t distance) { return dil == 1 ? distance : ceil_div(distance, dil); };
+  u0 = last >= 0 ? 0 : std::min(taps, steps(-last));
+  u1 = first >= size ? u0 : std::max(u0, std::min(taps, steps(size - first)));
+}
+
 // Counts shared by planner, launcher and kernels.
 inline int64_t channel_groups(int64_t channels, const Plan& plan) { return ceil_div(channels, plan.lanes); }
 // Input rows that a batch of output rows of a direct tile reads.

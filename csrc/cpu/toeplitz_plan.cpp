@@ -23,11 +23,6 @@ constexpr double kStoreTile = 160;  // 16 x 16 sums: to memory, rounded, and to 
 constexpr double kTransposed = 14;  // weight: one 64-byte line of a transposed operand
 constexpr double kProductFlops = 2.0 * kTileRows * kTileRows * kTileDepth;
 
-int64_t even_part(int64_t size, int64_t limit) {
-  return ceil_div(size, ceil_div(size, std::max<int64_t>(1, limit)));
-}
-int64_t round_up(int64_t size, int64_t unit) { return ceil_div(size, unit) * unit; }
-
 // Columns per task in whole blocks, so that blocks lie at the same columns however a row is cut.
 int64_t part_width(int64_t out_width, int64_t limit) {
   return std::min(out_width, even_part(ceil_div(out_width, kTileRows), limit / kTileRows) * kTileRows);
