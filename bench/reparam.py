@@ -1,6 +1,7 @@
 """``python -m bench reparam``: blocks as branches, fused and merged, in time and memory.
 
-Rows: a training step (forward and backward, batch statistics) and inference. Implementations:
+Rows: the forward pass in training (batch statistics), a training step (forward and backward) and inference.
+Implementations are timed in turns:
 
     torch     plain F.conv2d and nn.BatchNorm2d, branch by branch; torch-nhwc: the same in channels_last.
               Ratios are against the faster of the two.
@@ -19,16 +20,19 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.allocator import keep_freed_memory
 from lkconv import reparam, use_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PEERS = ("torch", "torch-nhwc")
+MODES = ("forward in training", "training step", "inference")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 # name, block, (C, H): layers of RepLKNet-31B, UniRepLKNet-T, MobileOne, FastViT, SLaK-T at 224 x 224.
@@ -60,17 +64,23 @@ def _synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def median_milliseconds(work: Callable[[], object], repeats: int, device: str) -> float:
-    """Median wall time after two warm-up calls."""
-    times = []
-    for i in range(repeats + 2):
-        _synchronise(device)
-        start = time.perf_counter()
-        work()
-        _synchronise(device)
-        if i >= 2:
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+def _milliseconds(work: Callable[[], object], device: str) -> float:
+    _synchronise(device)
+    start = time.perf_counter()
+    work()
+    _synchronise(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def median_milliseconds(works: Sequence[Callable[[], object]], repeats: int, device: str) -> list[float]:
+    """Median wall time of each, in turns so that a slow moment slows all; two warm-up calls after each turn's
+    change, as another implementation has just had the caches."""
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(repeats):
+        for work, found in zip(works, times, strict=True):
+            work()
+            found += [_milliseconds(work, device) for _ in range(3)]
+    return [statistics.median(found) for found in times]
 
 
 def saved_bytes(work: Callable[[], Tensor]) -> int:
@@ -109,39 +119,56 @@ _TRAINING_PATH = {
 }
 
 
-def measure(block: nn.Module, x: Tensor, training: bool, dtype: str, repeats: int) -> list[dict]:
-    """All implementations of one block: time, saved bytes (training) and error against plain PyTorch."""
-    rows, expected, device = [], None, x.device.type
-    gradient = torch.randn_like(block(x).detach())
-    for name, backend in _paths(training).items():
-        one = copy.deepcopy(block).train(training)
+class Candidate:
+    """One implementation of a block: ``step`` is its forward pass, ``work`` what is timed."""
+
+    def __init__(self, name: str, block: nn.Module, x: Tensor, mode: str, context: Callable[[], Any]) -> None:
+        self.name, self.mode, self.context = name, mode, context
+        training = mode != "inference"
+        self.block = copy.deepcopy(block).train(training)
         if name == "merged":
-            one.reparameterize()
+            self.block.reparameterize()  # type: ignore[operator]
         last = torch.channels_last if name == "torch-nhwc" else torch.contiguous_format
-        leaf = x.clone(memory_format=last).requires_grad_(training)
-
-        def step(one=one, leaf=leaf) -> Tensor:
-            return one(leaf)
-
-        def work(step=step, leaf=leaf, one=one) -> Tensor:
-            if not training:
-                with torch.inference_mode():
-                    return step()
-            leaf.grad = None
-            one.zero_grad()
-            step().backward(gradient)
-            return leaf.grad
-
+        self.leaf = x.clone(memory_format=last).requires_grad_(training)
+        self.gradient: Tensor | None = None
         path = _TRAINING_PATH.get(name)
-        with backend(), reparam.use_training_path(path) if path else nullcontext():
-            result = work().float()
-            expected = result if expected is None else expected
-            error = _error(result, expected)
-            row = {"implementation": name, "error": error}
-            if error <= TOLERANCE[dtype]:
-                row["milliseconds"] = median_milliseconds(work, repeats, device)
-                row["saved_bytes"] = saved_bytes(step) if training else 0
-            rows.append(row)
+        self.path = (lambda: reparam.use_training_path(path)) if path else nullcontext
+
+    def step(self) -> Tensor:
+        with self.context(), self.path():
+            return self.block(self.leaf)
+
+    def work(self) -> Tensor:
+        if self.mode == "inference":
+            with torch.inference_mode():
+                return self.step()
+        out = self.step()
+        if self.mode == "forward in training":
+            return out
+        self.leaf.grad = None
+        self.block.zero_grad()
+        out.backward(self.gradient)
+        assert self.leaf.grad is not None
+        return self.leaf.grad
+
+
+def measure(block: nn.Module, x: Tensor, mode: str, dtype: str, repeats: int) -> list[dict]:
+    """All implementations of one block: time, saved bytes (training) and error against plain PyTorch."""
+    device, training = x.device.type, mode != "inference"
+    gradient = torch.randn_like(block.train(training)(x).detach())
+    rows, right, expected = [], [], None
+    for name, context in _paths(training).items():
+        one = Candidate(name, block, x, mode, context)
+        one.gradient = gradient
+        result = one.work().detach().float()
+        expected = result if expected is None else expected
+        rows.append({"implementation": name, "error": _error(result, expected)})
+        if rows[-1]["error"] <= TOLERANCE[dtype]:
+            rows[-1]["saved_bytes"] = saved_bytes(one.step) if training else 0
+            right.append((one, rows[-1]))
+    times = median_milliseconds([one.work for one, _ in right], repeats, device)
+    for (_, row), milliseconds in zip(right, times, strict=True):
+        row["milliseconds"] = milliseconds
     return rows
 
 
@@ -161,21 +188,28 @@ def format_rows(title: str, rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def without_kinks(block: nn.Module) -> nn.Module:
+    """Without its ReLU, whose gradient jumps where rounding decides the sign: all results are compared."""
+    if isinstance(getattr(block, "activation", None), nn.ReLU):
+        block.activation = nn.Identity()
+    return block
+
+
 def run(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    keep_freed_memory()
     everything = []
     for name, make, (channels, size) in BLOCKS:
         if arguments.filter not in name:
             continue
         dtype = DTYPES[arguments.dtype]
-        block = make().to(arguments.device, dtype)
+        block = without_kinks(make().to(arguments.device, dtype))
         x = torch.randn(arguments.batch, channels, size, size, device=arguments.device, dtype=dtype)
-        for training in (True, False):
-            what = "training step" if training else "inference"
-            title = f"{name}, ({arguments.batch}, {channels}, {size}, {size}), {arguments.dtype}, {what}"
-            rows = measure(block.train(training), x, training, arguments.dtype, arguments.repeats)
+        for mode in MODES:
+            title = f"{name}, ({arguments.batch}, {channels}, {size}, {size}), {arguments.dtype}, {mode}"
+            rows = measure(block, x, mode, arguments.dtype, arguments.repeats)
             print(format_rows(title, rows), flush=True)
             everything += [{"block": title, **row} for row in rows]
     if arguments.json:

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/depthwise_conv2d.h"
+#include "cpu/normalised_branches.h"
 
 namespace py = pybind11;
 
@@ -30,6 +31,29 @@ STABLE_TORCH_LIBRARY(lkconv, m) {
       "scales, Tensor[] biases, SymInt[] offset, SymInt[] step) -> (Tensor[], Tensor[], Tensor[])");
   // shift[c] + sum_b scales[b, c] inputs[b], in one pass over all of them.
   m.def("scaled_channel_sum(Tensor[] inputs, Tensor scales, Tensor shift) -> Tensor");
+  // Branches y_b of a sum: one for each weight, the input itself (`identity`), and tensors given. Outputs of
+  // the first kind are kept in a form of their own; (outputs, means (B, C), biased variances (B, C)).
+  m.def(
+      "normalised_branches(Tensor input, Tensor[] weights, Tensor[] given, SymInt[] padding, SymInt[] "
+      "dilation, "
+      "bool identity) -> (Tensor, Tensor, Tensor)");
+  // sum_b scales_b y_b + shift.
+  m.def(
+      "normalised_branches_sum(Tensor input, Tensor outputs, Tensor[] given, bool identity, Tensor scales, "
+      "Tensor shift) -> Tensor");
+  // (sum of grad_output (C,), sums of grad_output (y_b - means_b) (B, C)).
+  m.def(
+      "normalised_branches_dots(Tensor grad_output, Tensor input, Tensor outputs, Tensor[] given, bool "
+      "identity, "
+      "Tensor means) -> (Tensor, Tensor)");
+  // Gradients of input, weights and tensors given, for scales_b grad_output + slopes_b y_b + constants_b at
+  // y_b.
+  m.def(
+      "normalised_branches_backward(Tensor grad_output, Tensor input, Tensor outputs, Tensor[] weights, "
+      "Tensor[] "
+      "given, SymInt[] padding, SymInt[] dilation, bool identity, Tensor scales, Tensor slopes, Tensor "
+      "constants) "
+      "-> (Tensor, Tensor[], Tensor[])");
 }
 
 namespace lkconv {
@@ -59,6 +83,26 @@ cpu::Algorithm parse_algorithm(const std::string& name) {
                            {"fft", Algorithm::fft},
                            {"toeplitz", Algorithm::toeplitz},
                            {"aten", Algorithm::aten}});
+}
+
+DType parse_dtype(const std::string& name) {
+  return parse<DType>(
+      name, "dtype",
+      {{"float64", DType::f64}, {"float32", DType::f32}, {"float16", DType::f16}, {"bfloat16", DType::bf16}});
+}
+
+using Pair = std::array<int64_t, 2>;
+
+ConvParams conv_params(const std::array<int64_t, 4>& size, int64_t out_channels, const Pair& kernel,
+                       const Pair& stride, const Pair& padding, const Pair& dilation) {
+  ConvParams p{};
+  p.batch = size[0], p.channels = size[1], p.height = size[2], p.width = size[3];
+  p.multiplier = p.channels ? out_channels / p.channels : 1;
+  p.kernel_h = kernel[0], p.kernel_w = kernel[1], p.stride_h = stride[0], p.stride_w = stride[1];
+  p.pad_h = padding[0], p.pad_w = padding[1], p.dil_h = dilation[0], p.dil_w = dilation[1];
+  p.out_height = (p.height + 2 * p.pad_h - p.dil_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
+  p.out_width = (p.width + 2 * p.pad_w - p.dil_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
+  return p;
 }
 
 // The planner's switches as the environment set them, by the names of plan's arguments.
@@ -98,16 +142,8 @@ std::vector<py::dict> plan(const std::string& pass_name, std::array<int64_t, 4> 
                                 {{"forward", Pass::forward},
                                  {"backward_input", Pass::backward_input},
                                  {"backward_weight", Pass::backward_weight}});
-  const DType dtype = parse<DType>(
-      dtype_name, "dtype",
-      {{"float64", DType::f64}, {"float32", DType::f32}, {"float16", DType::f16}, {"bfloat16", DType::bf16}});
-  ConvParams p{};
-  p.batch = size[0], p.channels = size[1], p.height = size[2], p.width = size[3];
-  p.multiplier = p.channels ? out_channels / p.channels : 1;
-  p.kernel_h = kernel[0], p.kernel_w = kernel[1], p.stride_h = stride[0], p.stride_w = stride[1];
-  p.pad_h = padding[0], p.pad_w = padding[1], p.dil_h = dilation[0], p.dil_w = dilation[1];
-  p.out_height = (p.height + 2 * p.pad_h - p.dil_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
-  p.out_width = (p.width + 2 * p.pad_w - p.dil_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
+  const DType dtype = parse_dtype(dtype_name);
+  const ConvParams p = conv_params(size, out_channels, kernel, stride, padding, dilation);
   cpu::Geometry g = cpu::forward_problem(p);
   int64_t reduce = 1;
   if (pass == Pass::backward_input) {
@@ -126,6 +162,14 @@ std::vector<py::dict> plan(const std::string& pass_name, std::array<int64_t, 4> 
                                                        cpu::machine_for(parse_isa(isa), threads), switches))
     out.push_back(to_dict(c));
   return out;
+}
+
+// Whether a branch of a normalised sum, of stride 1, is convolved where its input is in scratch already.
+bool cheaper_in_place(std::array<int64_t, 4> size, std::array<int64_t, 2> kernel,
+                      std::array<int64_t, 2> padding, std::array<int64_t, 2> dilation,
+                      const std::string& dtype, bool channels_last, const std::string& isa, int64_t threads) {
+  return cpu::cheaper_in_place(conv_params(size, size[1], kernel, {1, 1}, padding, dilation),
+                               parse_dtype(dtype), channels_last, cpu::machine_for(parse_isa(isa), threads));
 }
 
 }  // namespace
@@ -149,6 +193,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiler", [] { return std::string(__VERSION__); });
   m.def("switches", &lkconv::switches,
         "The planner's switches that LKCONV_FFT, LKCONV_ATEN and LKCONV_ALGORITHM set: arguments of plan.");
+  m.def("cheaper_in_place", &lkconv::cheaper_in_place, py::arg("size"), py::arg("kernel_size"),
+        py::arg("padding"), py::arg("dilation"), py::arg("dtype"), py::arg("channels_last"), py::arg("isa"),
+        py::arg("threads"),
+        "Whether a branch of a normalised sum is convolved where its input is in scratch already.");
   m.def("plan", &lkconv::plan, py::arg("pass_name"), py::arg("size"), py::arg("out_channels"),
         py::arg("kernel_size"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("dtype"),
         py::arg("isa"), py::arg("threads"), py::arg("fft") = true, py::arg("aten") = true,

@@ -23,3 +23,13 @@ def plan(
     channels_last: bool = ...,
     dense: bool = ...,
 ) -> list[dict[str, Any]]: ...
+def cheaper_in_place(
+    size: tuple[int, ...],
+    kernel_size: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    dtype: str,
+    channels_last: bool,
+    isa: str,
+    threads: int,
+) -> bool: ...

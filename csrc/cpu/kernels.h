@@ -23,6 +23,8 @@ struct ScaledSumProblem {
 };
 
 struct PlanarProblem;
+struct NormalisedBranchesProblem;
+struct NormalisedBranchesPlan;
 
 struct Kernels {
   int lanes_f32, lanes_f64, vector_registers;
@@ -49,6 +51,27 @@ struct Kernels {
   // Over a range of planes, or of pixels where the layout is channels_last.
   void (*scaled_sum_f32)(const ScaledSumProblem&, int64_t first, int64_t last);
   void (*scaled_sum_f64)(const ScaledSumProblem&, int64_t first, int64_t last);
+  // A sum of normalised branches and its gradients: see normalised_branches_kernels.h for tasks.
+  void (*branches_outputs_f32)(const NormalisedBranchesProblem&, const NormalisedBranchesPlan&, int64_t task0,
+                               int64_t task1);
+  void (*branches_outputs_f64)(const NormalisedBranchesProblem&, const NormalisedBranchesPlan&, int64_t task0,
+                               int64_t task1);
+  void (*branches_sum_f32)(const NormalisedBranchesProblem&, const NormalisedBranchesPlan&, int64_t task0,
+                           int64_t task1);
+  void (*branches_sum_f64)(const NormalisedBranchesProblem&, const NormalisedBranchesPlan&, int64_t task0,
+                           int64_t task1);
+  void (*branches_dots_f32)(const NormalisedBranchesProblem&, const NormalisedBranchesPlan&, int64_t task0,
+                            int64_t task1);
+  void (*branches_dots_f64)(const NormalisedBranchesProblem&, const NormalisedBranchesPlan&, int64_t task0,
+                            int64_t task1);
+  void (*branches_gradients_f32)(const NormalisedBranchesProblem&, const NormalisedBranchesPlan&,
+                                 int64_t task0, int64_t task1);
+  void (*branches_gradients_f64)(const NormalisedBranchesProblem&, const NormalisedBranchesPlan&,
+                                 int64_t task0, int64_t task1);
+  void (*branches_reduce_f32)(const NormalisedBranchesProblem&, const NormalisedBranchesPlan&, int64_t group0,
+                              int64_t group1);
+  void (*branches_reduce_f64)(const NormalisedBranchesProblem&, const NormalisedBranchesPlan&, int64_t group0,
+                              int64_t group1);
 };
 
 // Null when this build has no code for the instruction set.

@@ -10,6 +10,7 @@
 #include "fft_conv.h"
 #include "merge.h"
 #include "scaled_sum.h"
+#include "normalised_branches_kernels.h"
 
 namespace lkconv::cpu::LKCONV_ISA {
 
@@ -34,6 +35,16 @@ inline constexpr Kernels kKernels = {
     merge_kernels_backward<double>,
     scaled_sum<float>,
     scaled_sum<double>,
+    normalised_branches_outputs<float>,
+    normalised_branches_outputs<double>,
+    normalised_branches_sum<float>,
+    normalised_branches_sum<double>,
+    normalised_branches_dots<float>,
+    normalised_branches_dots<double>,
+    normalised_branches_gradients<float>,
+    normalised_branches_gradients<double>,
+    normalised_branches_reduce<float>,
+    normalised_branches_reduce<double>,
 };
 
 }  // namespace lkconv::cpu::LKCONV_ISA

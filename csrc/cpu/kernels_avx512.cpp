@@ -14,6 +14,7 @@
 
 #include "half.h"
 #include "kernels.h"
+#include "normalised_branches_problem.h"
 #include "planar_plan.h"
 
 #if defined(__x86_64__)

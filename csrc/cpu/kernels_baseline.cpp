@@ -10,6 +10,7 @@
 
 #include "half.h"
 #include "kernels.h"
+#include "normalised_branches_problem.h"
 #include "planar_plan.h"
 
 #define LKCONV_ISA baseline

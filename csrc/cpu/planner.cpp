@@ -367,4 +367,15 @@ Plan choose_depthwise_conv2d(Pass pass, const Geometry& g, int64_t reduce, DType
   return best;
 }
 
+double cycles_of_moving(const Geometry& g, const Machine& m) {
+  const double vectors = double(g.batch * ceil_div(g.channels, m.lanes_f32) * g.out_height * g.out_width);
+  return costs_on(m).move[!g.adjacent] * vectors;
+}
+
+double cycles_of_sums(Pass pass, const Geometry& g, DType dtype, const Machine& m) {
+  const Plan p = direct_plan(pass, g, 1, dtype, m);
+  const double pixels = double(g.height * g.width + g.out_height * g.out_width);
+  return p.cycles - costs_on(m).move[!g.adjacent] * pixels * double(channel_groups(g.channels, p) * g.batch);
+}
+
 }  // namespace lkconv::cpu

@@ -36,4 +36,9 @@ std::vector<Candidate> plan_depthwise_conv2d(Pass pass, const Geometry& g, int64
 Plan choose_depthwise_conv2d(Pass pass, const Geometry& g, int64_t reduce, DType dtype,
                              const Machine& machine, const Switches& switches);
 
+// Cycles of direct summation alone, of an input that is in scratch already, without moving tensors.
+double cycles_of_sums(Pass pass, const Geometry& g, DType dtype, const Machine& machine);
+// Cycles of moving every pixel of the input or the output of `g` once between a tensor and scratch.
+double cycles_of_moving(const Geometry& g, const Machine& machine);
+
 }  // namespace lkconv::cpu

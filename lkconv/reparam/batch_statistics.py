@@ -10,9 +10,10 @@ s_b gather_b[G - mean(dy) S - mean(dy y^_b) corr(x, y^_b)]: merging the branches
 gathering, as with frozen statistics, would drop the last two terms.
 
 All convolutions here are depthwise; an identity branch has no weight. What is saved decides time against
-memory. ``keep=True`` keeps every y_b. ``keep=False`` keeps the input alone: the forward takes the statistics
-of one branch after the other and then runs one merged convolution with the batch-statistics scales; the
-backward computes each y_b again.
+memory. ``keep=True`` keeps every y_b; on the CPU, at stride 1, four native passes then serve all branches
+together (:mod:`lkconv.reparam.normalised_branches`), elsewhere they run one after the other. ``keep=False``
+keeps the input alone: the forward takes the statistics of one branch after the other and then runs one merged
+convolution with the batch-statistics scales; the backward computes each y_b again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from lkconv.reparam import convolution
+from lkconv.reparam import convolution, normalised_branches
 from lkconv.reparam.algebra import fold_dtype
 from lkconv.reparam.geometry import Geometry, place_geometry
 from lkconv.reparam.merge_depthwise_kernels import merge_depthwise_kernels
@@ -116,38 +117,33 @@ class BatchStatisticsSum(torch.autograd.Function):
     def forward(ctx, input: Tensor, spec: SumSpec, *tensors: Tensor | None):
         branches = len(spec.geometries)
         weights, gammas, betas = (tensors[i * branches : (i + 1) * branches] for i in range(3))
-        outputs: list[Tensor] = []
-        found = []
-        for weight, geometry in zip(weights, spec.geometries, strict=True):
-            y = branch_output(input, weight, geometry)
-            found.append(moments(y))
-            if spec.keep:
-                outputs.append(y)
-            count = y.numel() // y.shape[1]
-            del y
+        how = _arrangement(input, weights, spec)
+        if how is not None:
+            kept, means, variances = normalised_branches.outputs(input, weights, spec.geometries, how)
+            outputs, count = [kept.outputs, *kept.given], kept.values_per_channel
+        else:
+            outputs, means, variances, count = _outputs(input, weights, spec)
         if count * (dist.get_world_size(spec.group) if spec.synchronise else 1) < 2:
             raise ValueError(
                 f"batch statistics need more than 1 value per channel, got output {tuple(input.shape)}"
             )
-        means = torch.stack([mean for mean, _ in found])
-        variances = torch.stack([var for _, var in found])
         if spec.synchronise:
             means, variances, count = synchronised_moments(means, variances, count, spec.group)
         eps = torch.tensor(spec.eps, dtype=means.dtype, device=means.device).unsqueeze(1)
         inverse = torch.rsqrt(variances + eps)
-        scales = torch.stack(
-            [i if g is None else i * g.to(i.dtype) for i, g in zip(inverse, gammas, strict=True)]
-        )
+        scales = _scales(gammas, inverse)
         shift = -(means * scales).sum(0)
         for beta in betas:
             if beta is not None:
                 shift = shift + beta.to(shift.dtype)
-        if spec.keep:
+        if how is not None:
+            out = normalised_branches.normalised_sum(input, kept, how, scales, shift)
+        elif spec.keep:
             out = scaled_channel_sum(outputs, scales, shift)
         else:
             out = _merged_output(input, weights, scales, shift, spec)
         ctx.save_for_backward(input, means, inverse, *weights, *gammas, *betas, *outputs)
-        ctx.spec, ctx.count = spec, count
+        ctx.spec, ctx.count, ctx.how = spec, count, how
         ctx.mark_non_differentiable(means, variances)
         return out, means, variances, count
 
@@ -162,9 +158,57 @@ class BatchStatisticsSum(torch.autograd.Function):
             found = _differentiable_gradients(
                 input, weights, gammas, betas, ctx.spec, ctx.needs_input_grad, grad
             )
+        elif ctx.how is not None:
+            kept = normalised_branches.Kept(rest[3 * branches], list(rest[3 * branches + 1 :]))
+            found = _gradients_in_place(input, weights, gammas, betas, kept, means, inverse, ctx, grad)
         else:
             found = _gradients(input, weights, gammas, betas, outputs, means, inverse, ctx, grad)
         return found
+
+
+def _arrangement(
+    input: Tensor, weights: Sequence[Tensor | None], spec: SumSpec
+) -> normalised_branches.Arrangement | None:
+    """How the native kernels run the sum, or None where one branch runs after the other."""
+    channels = next((w.shape[0] for w in weights if w is not None), 0)
+    return normalised_branches.arrange(input, spec.geometries, channels) if spec.keep else None
+
+
+def _outputs(
+    input: Tensor, weights: Sequence[Tensor | None], spec: SumSpec
+) -> tuple[list[Tensor], Tensor, Tensor, int]:
+    """The outputs of one branch after the other (none without ``keep``), their statistics, and how many
+    values each channel has."""
+    outputs: list[Tensor] = []
+    found = []
+    count = 0
+    for weight, geometry in zip(weights, spec.geometries, strict=True):
+        y = branch_output(input, weight, geometry)
+        found.append(moments(y))
+        if spec.keep:
+            outputs.append(y)
+        count = y.numel() // y.shape[1]
+        del y
+    return outputs, torch.stack([m for m, _ in found]), torch.stack([v for _, v in found]), count
+
+
+def _gradients_in_place(input, weights, gammas, betas, kept, means, inverse, ctx, grad):
+    """The full gradient by the native kernels, from what the forward pass kept."""
+    spec, how, count = ctx.spec, ctx.how, ctx.count
+    total, dot = normalised_branches.dots(grad, input, kept, how, means)
+    dgamma, dbeta = dot * inverse, total
+    dot = dgamma
+    if spec.synchronise:
+        packed = torch.cat([total.unsqueeze(0), dot])
+        dist.all_reduce(packed, group=spec.group)
+        total, dot = packed[0], packed[1:]
+    coefficients = _normalised_gradient(gammas, means, inverse, total, dot, count)
+    grad_input, grad_weights = normalised_branches.backward(
+        grad, input, weights, spec.geometries, kept, how, coefficients
+    )
+    grad_gammas = [None if g is None else dgamma[b].to(g.dtype) for b, g in enumerate(gammas)]
+    grad_betas = [None if b is None else dbeta.to(b.dtype) for b in betas]
+    return grad_input, None, *grad_weights, *grad_gammas, *grad_betas
 
 
 def _differentiable_gradients(input, weights, gammas, betas, spec, needs, grad):
@@ -198,7 +242,11 @@ def _gradients(input, weights, gammas, betas, outputs, means, inverse, ctx, grad
         else:
             local_g, local_dot, total_g, total_dot = reductions
             dgamma, dbeta = local_dot[b], local_g
-            dz = _normalised_gradient(grad, y, gamma, means[b], inverse[b], total_g, total_dot[b], ctx.count)
+            one = slice(b, b + 1)
+            scale, slope, constant = _normalised_gradient(
+                gammas[one], means[one], inverse[one], total_g, total_dot[one], ctx.count
+            )
+            dz = scaled_channel_sum([grad, y], torch.cat([scale, slope]), constant[0])
         grads[branches + b] = None if gamma is None else dgamma.to(gammas[b].dtype)
         grads[2 * branches + b] = None if betas[b] is None else dbeta.to(betas[b].dtype)
         if weight is not None and needs[b]:
@@ -227,9 +275,14 @@ def _synchronised_reductions(input, weights, outputs, means, inverse, spec, grad
     return total, dot, packed[0], packed[1:]
 
 
-def _normalised_gradient(grad, y, gamma, mean, inverse, total, dot, count):
-    """dz = s (dy - g / M - y^ dgamma / M), as a dy + b y + c with per-channel a, b, c."""
-    scale = inverse if gamma is None else inverse * gamma
-    slope = -scale * inverse * dot / count
-    constant = -scale * total / count - slope * mean
-    return scaled_channel_sum([grad, y], torch.stack([scale, slope]), constant)
+def _normalised_gradient(gammas, means, inverse, total, dot, count):
+    """dz_b = s_b (dy - g / M - y^_b dgamma_b / M) as a dy + b y_b + c, with (B, C) numbers a, b, c."""
+    scale = _scales(gammas, inverse)
+    slope = scale * inverse * dot / -count
+    constant = -scale * total / count - slope * means
+    return scale, slope, constant
+
+
+def _scales(gammas: Sequence[Tensor | None], inverse: Tensor) -> Tensor:
+    """gamma_b / sigma_b, (B, C)."""
+    return torch.stack([i if g is None else i * g.to(i.dtype) for i, g in zip(inverse, gammas, strict=True)])

@@ -23,6 +23,8 @@ using namespace lkconv::cpu;
 int run_merges(uint64_t first, uint64_t count);
 // scaled_sum.cpp: random per-channel combinations of tensors.
 int run_sums(uint64_t first, uint64_t count);
+// branches.cpp: random sums of normalised branches and their gradients.
+int run_branches(uint64_t first, uint64_t count);
 
 constexpr unsigned char kPattern = 0xa5;
 

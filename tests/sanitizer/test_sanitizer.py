@@ -33,6 +33,7 @@ ENVIRONMENT = {
 PROCESSES = 2
 CONVOLUTIONS = 1500  # per process
 MERGES = 2000
+BRANCHES = 300
 
 pytestmark = pytest.mark.slow
 
@@ -107,6 +108,10 @@ def test_random_merges(fuzz):
 
 def test_random_scaled_sums(fuzz):
     assert f"{MERGES} sums, 0 failures" in execute(fuzz, "sum", 1, MERGES)
+
+
+def test_random_sums_of_branches(fuzz):
+    assert f"{BRANCHES} sums of branches, 0 failures" in execute(fuzz, "branches", 1, BRANCHES)
 
 
 def test_tensors_wider_than_31_bits(fuzz):
