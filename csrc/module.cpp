@@ -124,6 +124,7 @@ py::dict to_dict(const Candidate& c) {
   d["isa"] = cpu::isa_name(p.isa);
   d["lanes"] = p.lanes;
   d["tile"] = py::make_tuple(p.tile_h, p.tile_w);
+  d["in_place"] = p.in_place;
   d["fft"] = py::make_tuple(p.fft_h, p.fft_w);
   d["splits"] = p.splits;
   d["scratch_bytes"] = p.scratch_bytes;

@@ -19,7 +19,8 @@ Alternatives = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class PassPlan:
-    """How one pass is computed. ``alternatives`` are the other algorithms of the same backend."""
+    """How one pass is computed. ``alternatives`` are the other algorithms of the same backend; ``in_place``
+    says that tensors are read where they are, without copies in scratch."""
 
     algorithm: str
     tile: Pair | None
@@ -27,9 +28,12 @@ class PassPlan:
     flops: float
     scratch_bytes: int
     alternatives: Alternatives
+    in_place: bool = False
 
     def __str__(self) -> str:
         parts = [self.algorithm]
+        if self.in_place:
+            parts.append("in place")
         if self.tile is not None:
             parts.append(f"tile {self.tile[0]}x{self.tile[1]}")
         if self.isa is not None:
@@ -145,6 +149,7 @@ def _plan(
         flops=taken["flops"],
         scratch_bytes=taken["scratch_bytes"],
         alternatives=tuple((c["algorithm"], c["reason"]) for c in others),
+        in_place=taken.get("in_place", False),
     )
 
 

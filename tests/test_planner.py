@@ -173,15 +173,35 @@ def test_pytorch_takes_small_kernels_on_large_maps_only():
             "algorithm"
         ]
 
-    assert chosen((3, 3)) == chosen((1, 11)) == "aten"
-    assert chosen((3, 3), side=4) == "direct", "its call overhead outweighs a small map"
-    assert chosen((3, 3), aten=False) == "direct"
-    assert chosen((31, 31)) != "aten" and chosen((3, 3), pass_name="backward_weight") != "aten"
-    assert chosen((3, 3), pass_name="backward_input") == "direct"
-    assert chosen((3, 3), dtype="float64") == chosen((3, 3), isa="baseline") == "direct"
+    strided = {"kernel": (3, 3), "stride": (2, 2)}
+    assert chosen(**strided) == chosen((1, 11)) == "aten"
+    assert chosen((3, 3)) == "direct", "read in place, it needs no help"
+    assert chosen((1, 11), side=4) == "direct", "its call overhead outweighs a small map"
+    assert chosen(**strided, aten=False) == "direct"
+    assert chosen((31, 31)) != "aten" and chosen(**strided, pass_name="backward_weight") != "aten"
+    assert chosen((1, 11), pass_name="backward_input") == "direct"
+    assert chosen(**strided, dtype="float64") == chosen(**strided, isa="baseline") == "direct"
     declined = of("aten", candidates(kernel=(31, 31), channels_last=True))
     assert not declined["possible"] and "small kernels" in declined["reason"]
     assert of("aten", candidates(aten=False))["reason"] == "LKCONV_ATEN=0"
+
+
+@all_passes
+def test_odd_rows_of_channels_last_tensors_are_read_in_place(pass_name):
+    def plan(kernel=(7, 7), side=56, channels=96, **options):
+        options = {"channels_last": True, "aten": False, **options}
+        return of("direct", candidates(pass_name, (8, channels, side, side), kernel, **options))
+
+    for kernel in ((3, 3), (5, 5), (7, 7), (51, 5), (9, 1)):
+        assert plan(kernel)["in_place"] and plan(kernel, dtype="float64")["in_place"]
+        assert not plan(kernel, channels_last=False)["in_place"]
+        assert not plan(kernel, dtype="bfloat16")["in_place"], "pixels are not vectors of the kernels' type"
+        assert plan(kernel)["scratch_bytes"] < plan(kernel, dtype="bfloat16")["scratch_bytes"]
+    assert not plan((9, 9))["in_place"] and not plan((4, 4), padding=(2, 2))["in_place"]
+    assert not plan((3, 3), padding=(1, 0))["in_place"], "its rows are not as wide as the image's"
+    assert not plan((3, 3), stride=(2, 2))["in_place"] and not plan((3, 3), dilation=(1, 2))["in_place"]
+    assert plan((3, 3), dilation=(2, 1))["in_place"]
+    assert not plan((3, 3), channels=5)["in_place"] and not plan((3, 3), multiplier=2)["in_place"]
 
 
 def test_pytorch_is_not_asked_to_copy_whole_tensors():

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "direct_tiles.h"
+#include "direct_in_place.h"
 
 namespace lkconv::cpu::LKCONV_ISA {
 
@@ -322,6 +323,7 @@ void direct_tile_rows(const ForwardProblem& p, const Plan& plan, const DirectScr
 template <class T>
 void forward_direct(const ForwardProblem& p, const Plan& plan, int64_t task0, int64_t task1) {
   constexpr int L = kLanes<T>;
+  if (plan.in_place) return forward_in_place<T>(p, plan, task0, task1);
   const int64_t tiles_x = ceil_div(p.out_width, plan.tile_w),
                 tiles = ceil_div(p.out_height, plan.tile_h) * tiles_x;
   const int64_t groups = channel_groups(p.channels, plan);

@@ -21,6 +21,7 @@ struct RowTable {
     return p;
   }
   LKCONV_INLINE void advance(int64_t floats) { offset += floats; }
+  static constexpr int64_t pixel() { return kLanes<T>; }
 };
 // ... or base + u * step (rows of the kernel).
 template <class T>
@@ -30,6 +31,7 @@ struct RowStep {
 
   LKCONV_INLINE const T* row(int64_t u) const { return base + u * step; }
   LKCONV_INLINE void advance(int64_t floats) { base += floats; }
+  static constexpr int64_t pixel() { return kLanes<T>; }
 };
 
 // Where a block of outputs goes, `step` elements apart, and what its sums begin with.
@@ -54,13 +56,14 @@ LKCONV_INLINE void tile_unit(const Outputs<T>& out, const Sliding& sliding, cons
   for (int i = 0; i < X; ++i)
     a[i] = kAssign ? out.initial : load(out.at + (kReverse ? X - 1 - i : i) * out.step);
   for (int64_t u = 0; u < rows; ++u) {
-    const T *in = sliding.row(u), *held = fixed.row(u);
+    const int64_t pixel = sliding.pixel();
+    const T *in = sliding.row(u) + kLeft * pixel, *held = fixed.row(u);
     Vec<T> k[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) k[v] = load(held + v * L);
 #pragma GCC unroll 32
-    for (int j = kLeft; j < X + V - 1 - kRight; ++j) {
-      Vec<T> p = load(in + j * L);
+    for (int j = kLeft; j < X + V - 1 - kRight; ++j, in += pixel) {
+      Vec<T> p = load(in);
       if (V > 1) keep(p);
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v)
@@ -133,8 +136,8 @@ void block_unit(const Outputs<T>& out, Sliding sliding, Fixed fixed, int64_t row
 
 constexpr int kLeastEdgeBlock = 4;  // smaller ones are for images that small
 
-template <class T, int X, int V>
-LKCONV_INLINE void tile_at_edge(const Outputs<T>& out, const RowTable<T>& pixels, const RowStep<T>& taps,
+template <class T, int X, int V, class Pixels>
+LKCONV_INLINE void tile_at_edge(const Outputs<T>& out, const Pixels& pixels, const RowStep<T>& taps,
                                 int64_t rows, bool left, bool right) {
   constexpr int P = V / 2;
   if (left && right)

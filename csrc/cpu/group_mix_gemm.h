@@ -18,8 +18,8 @@ struct Depth {
 
 // out(i, j, init[j * L] + sum_k A(i, k) * b[k * b_row + j * L]) for i0 <= i < i0 + M and j0 <= j < j0 + J
 template <class T, int M, int J, class Out>
-LKCONV_INLINE void gemm_tile(const Left<T>& left, const T* b, int64_t b_row, const Depth& depth,
-                             int64_t i0, int64_t j0, int64_t rows, const T* init, Out&& out) {
+LKCONV_INLINE void gemm_tile(const Left<T>& left, const T* b, int64_t b_row, const Depth& depth, int64_t i0,
+                             int64_t j0, int64_t rows, const T* init, Out&& out) {
   constexpr int L = kLanes<T>;
   Vec<T> acc[M][J];
 #pragma GCC unroll 16

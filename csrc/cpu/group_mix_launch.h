@@ -52,8 +52,8 @@ struct Workers {
   }
 };
 
-// Whether 512-bit vectors pay for segments of `segment` channels: once a segment fills one, and, on processors
-// that split them into halves (those without AMX), unless they leave half a vector empty.
+// Whether 512-bit vectors pay for segments of `segment` channels: once a segment fills one, and, on
+// processors that split them into halves (those without AMX), unless they leave half a vector empty.
 inline bool wants_512_bits(Isa isa, int64_t segment) {
   const int64_t rest = segment % 16;
   return isa == Isa::amx ? segment >= 16 : isa == Isa::avx512 && segment >= 16 && (rest == 0 || rest > 8);

@@ -30,6 +30,7 @@ constexpr int64_t kBatchPixels = 224;     // outputs computed between loading an
 struct Costs {
   double tap, strided_tap;  // one vector multiply-add of a direct tile; strided ones load a pixel for each
   double move[2];           // one vector of pixels between a tensor and scratch
+  double in_place_move;     // a channels_last pixel that is read where it is
   double phase_move[2];     // a phase of backward_input writes every stride-th pixel
   double kernel_tap;        // one vector of taps to scratch
   double planar, planar_move;
@@ -38,11 +39,11 @@ struct Costs {
   double aten_tap, aten_move, aten_far_move;  // of oneDNN; far: both tensors together leave the caches
   double aten_call;                           // what one of its calls costs beyond ours
 };
-constexpr Costs kOneMultiplier{1.12,    1.5, {9, 18}, {22, 60}, 20, 1.0, 3,     1.55,
-                               {9, 22}, 1,   {0, 0},  1.25,     5,  16,  160000};
+constexpr Costs kOneMultiplier{1.12, 1.5,     {9, 18}, 2,      {22, 60}, 20, 1.0, 3,
+                               1.55, {9, 22}, 1,       {0, 0}, 1.25,     5,  16,  160000};
 // Processors with AMX start two multiply-adds of 64 bytes per cycle; a core's share of memory is no faster.
-constexpr Costs kTwoMultipliers{0.6,      0.87, {16, 17}, {85, 140}, 45, 0.55, 6,     1.02,
-                                {20, 12}, 0.6,  {17, 3},  1.0,       10, 10,   310000};
+constexpr Costs kTwoMultipliers{0.6,  0.87,     {16, 17}, 6,       {85, 140}, 45, 0.55, 6,
+                                1.02, {20, 12}, 0.6,      {17, 3}, 1.0,       10, 10,   310000};
 const Costs& costs_on(const Machine& m) { return m.isa == Isa::amx ? kTwoMultipliers : kOneMultiplier; }
 
 // Number of (output, tap) pairs on one axis whose input lies inside the image.
@@ -96,6 +97,29 @@ void choose_weight_span(const Geometry& g, const Machine& m, Plan& p) {
   p.span = even_part(groups, std::clamp<int64_t>(most, 1, std::min(groups, kMaxWeightSpan)));
 }
 
+// Whether a direct plan reads its tensors where they are: in vectors of the kernels' own type.
+void choose_in_place(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m, Plan& p) {
+  const bool own_type = dtype == DType::f32 || dtype == DType::f64;
+  if (!g.adjacent || !own_type || reduce != 1 || g.phases != 1 || !odd_rows(g) || g.channels < p.lanes)
+    return;
+  const int64_t vector = p.lanes * (dtype == DType::f64 ? 8 : 4), taps = g.kernel_h * g.kernel_w;
+  if (pass == Pass::backward_weight) {
+    p.in_place = true;
+    p.tile_h = g.out_height;
+    p.scratch_bytes = p.span * (taps + 1) * vector;
+  } else {
+    // A last group that is not full computes outputs of the one before it again: they share a task.
+    const int64_t last_span = (channel_groups(g.channels, p) - 1) % p.span + 1;
+    if (g.channels % p.lanes && last_span == 1) return;
+    p.block = in_place_block(g.out_width, g.kernel_w / 2, m.many_registers);
+    p.in_place = p.block > 0;
+    if (!p.in_place) return;
+    p.batch_rows = 1;
+    p.scratch_bytes = p.span * taps * vector;
+  }
+  p.tile_w = g.out_width;
+}
+
 Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
   Plan p;
   p.algorithm = Algorithm::direct;
@@ -123,6 +147,7 @@ Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, cons
     choose_span(g, m, per_group, p);
     p.scratch_bytes = per_group * p.span + halo * int64_t(sizeof(void*) + 8);
   }
+  choose_in_place(pass, g, reduce, dtype, m, p);
   // Columns of the zero halo cost as much as the image's, but where the band matrix is full.
   const bool dense = pass != Pass::backward_weight && g.stride_w == 1 && g.dil_w == 1 &&
                      g.pad_w >= g.out_width - 1 && g.width - 1 + g.pad_w < g.kernel_w;
@@ -141,7 +166,7 @@ Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, cons
       double(g.height * g.width * reduce + g.out_height * g.out_width) * double(groups * g.batch);
   p.flops = 2 * pairs * double(reduce) * double(g.batch * g.channels);
   const Costs& c = costs_on(m);
-  const double move = (g.phases > 1 ? c.phase_move : c.move)[!g.adjacent];
+  const double move = p.in_place ? c.in_place_move : (g.phases > 1 ? c.phase_move : c.move)[!g.adjacent];
   p.cycles = vectors * (unit ? c.tap : c.strided_tap) + move * pixels + double(groups * taps) * c.kernel_tap;
   if (pass == Pass::backward_weight) p.cycles += 0.1 * vectors;
   return p;
@@ -373,9 +398,11 @@ double cycles_of_moving(const Geometry& g, const Machine& m) {
 }
 
 double cycles_of_sums(Pass pass, const Geometry& g, DType dtype, const Machine& m) {
-  const Plan p = direct_plan(pass, g, 1, dtype, m);
+  Geometry scratch = g;
+  scratch.adjacent = false;  // a plan with windows
+  const Plan p = direct_plan(pass, scratch, 1, dtype, m);
   const double pixels = double(g.height * g.width + g.out_height * g.out_width);
-  return p.cycles - costs_on(m).move[!g.adjacent] * pixels * double(channel_groups(g.channels, p) * g.batch);
+  return p.cycles - costs_on(m).move[1] * pixels * double(channel_groups(g.channels, p) * g.batch);
 }
 
 }  // namespace lkconv::cpu

@@ -21,7 +21,8 @@ struct Plan {
   int64_t tile_h = 0, tile_w = 0;  // outputs per tile
   int64_t batch_rows = 1;          // direct: output rows computed between loading and storing
   int64_t span = 1;                // direct: channel groups handled together
-  int64_t block = 0;               // planar: which of kPlanarBlocks
+  int64_t block = 0;               // planar: which of kPlanarBlocks; direct: outputs per block, if in place
+  bool in_place = false;           // direct: the input is read where it is
   int64_t images = 1;              // toeplitz: images per task (forward) or chunk (backward_weight)
   int64_t fft_h = 0, fft_w = 0;    // fft: transform lengths
   int64_t splits = 1;              // backward_weight: parts of the batch summed separately, then in order
@@ -61,6 +62,25 @@ inline int64_t direct_ring_rows(const Geometry& g, const Plan& plan) {
 inline bool known_halo(const Geometry& p) {
   return p.stride_w == 1 && p.dil_w == 1 && p.width == p.out_width && 2 * p.pad_w + 1 == p.kernel_w &&
          (p.kernel_w == 3 || p.kernel_w == 5 || p.kernel_w == 7);
+}
+
+// Outputs per register block for rows of `width` that are read in place, where blocks are evenly apart and
+// only the first and the last may touch the `radius` columns of halo; 0: no block size is possible.
+inline int64_t in_place_block(int64_t width, int64_t radius, bool many_registers) {
+  int64_t best = 0, best_cost = 0;
+  for (int64_t x : {14, 8, 7, 4}) {
+    if (x > width || (x == 14 && !many_registers)) continue;
+    const int64_t blocks = ceil_div(width, x), cost = blocks * (x + 2);
+    if (blocks > 1 && (width - x) / (blocks - 1) < radius) continue;
+    if (!best || cost < best_cost) best = x, best_cost = cost;
+  }
+  return best;
+}
+
+// Whether rows of a convolution can be read in place, as far as its geometry goes.
+inline bool odd_rows(const Geometry& p) {
+  const bool point = p.kernel_w == 1 && p.pad_w == 0 && p.stride_w == 1 && p.width == p.out_width;
+  return p.kernel_h > 0 && p.height > 0 && (point || known_halo(p));
 }
 
 }  // namespace lkconv::cpu

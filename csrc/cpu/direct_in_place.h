@@ -1,0 +1,144 @@
+// Direct summation over channels_last tensors of the kernels' own type, whose pixels are vectors as they lie
+// in memory: no window of the input is copied. Pixels of the halo are never read, so every block must know
+// which of its pixels they are: odd kernel rows of at most 7 taps that keep the width of the image.
+#pragma once
+
+namespace lkconv::cpu::LKCONV_ISA {
+
+// Rows of a tensor, `row_step` elements apart, of pixels `step` apart.
+template <class T>
+struct TensorRows {
+  const T* base;
+  int64_t row_step, step;
+
+  LKCONV_INLINE const T* row(int64_t u) const { return base + u * row_step; }
+  LKCONV_INLINE int64_t pixel() const { return step; }
+};
+
+// Asks for `count` pixels that are needed a row of outputs later: pixels of one group are single lines, far
+// from each other, which hardware prefetchers do not foresee.
+template <int kWrite, class T>
+LKCONV_INLINE void request_pixels(const T* at, int64_t step, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at + i * step, kWrite, 2);
+}
+
+constexpr int64_t kRequestBytes = 1 << 19;  // rows of smaller images are still near when they are needed
+
+// Whether the next rows of an image are asked for.
+LKCONV_INLINE bool requests_rows(const Geometry& p, DType dtype) {
+  return p.height * p.width * p.channels * dtype_size(dtype) >= kRequestBytes;
+}
+
+// The channel groups a task handles together. The last one of a tensor moves left to be whole: what it
+// computes twice comes out the same, and from the same task.
+template <class T>
+struct InPlaceSpan {
+  int64_t count;
+  bool request;
+  const T* input[kMaxSpan];
+  T* output[kMaxSpan];
+  const T* kernel[kMaxSpan];
+  Vec<T> bias[kMaxSpan];
+};
+
+template <class T, int X, int V>
+LKCONV_INLINE void in_place_block(const Outputs<T>& out, const TensorRows<T>& pixels, const RowStep<T>& taps,
+                                  int64_t rows, bool left, bool right) {
+  if (V > 1 && (left || right))
+    tile_at_edge<T, X, V>(out, pixels, taps, rows, left, right);
+  else
+    tile_unit<T, X, V, true, false>(out, pixels, taps, rows);
+}
+
+// One row of outputs: blocks evenly apart, so that none but the first and the last reaches the halo; all
+// groups of a block, whose pixels are neighbours in memory, follow each other.
+template <class T, int X, int V>
+void in_place_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t y) {
+  constexpr int L = kLanes<T>;
+  const TensorView &in = p.input, &out = p.output;
+  const int64_t top = y * p.stride_h - p.pad_h, width = p.out_width, blocks = ceil_div(width, X);
+  int64_t u0, u1;
+  clip_taps(top, top, p.height, p.kernel_h, p.dil_h, u0, u1);
+  const int64_t first_row = (top + u0 * p.dil_h) * in.stride_h;
+  const int64_t next = top + (p.kernel_h - 1) * p.dil_h + p.stride_h;
+  const bool request_in = s.request && next >= 0 && next < p.height,
+             request_out = s.request && y + 1 < p.out_height;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t x = blocks > 1 ? i * (width - X) / (blocks - 1) : 0;
+    const bool left = i == 0, right = i == blocks - 1;
+    for (int64_t g = 0; g < s.count; ++g) {
+      const Outputs<T> to{s.output[g] + y * out.stride_h + x * out.stride_w, out.stride_w, s.bias[g]};
+      if (u1 <= u0) {
+        for (int j = 0; j < X; ++j) store(to.at + j * to.step, to.initial);
+        continue;
+      }
+      const TensorRows<T> pixels{s.input[g] + first_row + (x - V / 2) * in.stride_w, in.stride_h * p.dil_h,
+                                 in.stride_w};
+      if (request_in) request_pixels<0>(s.input[g] + next * in.stride_h + x * in.stride_w, in.stride_w, X);
+      if (request_out) request_pixels<1>(to.at + out.stride_h, out.stride_w, X);
+      in_place_block<T, X, V>(to, pixels, {s.kernel[g] + u0 * V * L, V * L}, u1 - u0, left, right);
+    }
+  }
+}
+
+template <class T, int X>
+void in_place_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t y) {
+  switch (p.kernel_w) {
+    case 1:
+      return in_place_row<T, X, 1>(p, s, y);
+    case 3:
+      return in_place_row<T, X, 3>(p, s, y);
+    case 5:
+      return in_place_row<T, X, 5>(p, s, y);
+    default:
+      return in_place_row<T, X, 7>(p, s, y);
+  }
+}
+
+template <class T>
+void in_place_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t block, int64_t y) {
+  switch (block) {
+#if LKCONV_VECTOR_REGISTERS >= 32
+    case 14:
+      return in_place_row<T, 14>(p, s, y);
+#endif
+    case 8:
+      return in_place_row<T, 8>(p, s, y);
+    case 7:
+      return in_place_row<T, 7>(p, s, y);
+    default:
+      return in_place_row<T, 4>(p, s, y);
+  }
+}
+
+// Task = (span of channel groups, image, tile of rows), as in direct.h.
+template <class T>
+void forward_in_place(const ForwardProblem& p, const Plan& plan, int64_t task0, int64_t task1) {
+  constexpr int L = kLanes<T>;
+  const int64_t tiles = ceil_div(p.out_height, plan.tile_h), groups = channel_groups(p.channels, plan);
+  const int64_t taps = p.kernel_h * p.kernel_w * L;
+  T* kernels = thread_scratch<T>(taps * plan.span);
+  const auto same = [](int64_t c) { return c; };
+  InPlaceSpan<T> s;
+  s.request = requests_rows(p, p.input.dtype);
+  int64_t loaded = -1;
+  for (int64_t task = task0; task < task1; ++task) {
+    const int64_t g0 = task / (p.batch * tiles) * plan.span, n = task / tiles % p.batch;
+    s.count = std::min(plan.span, groups - g0);
+    for (int64_t g = 0; g < s.count; ++g) {
+      const int64_t c = std::min((g0 + g) * L, p.channels - L);
+      s.input[g] = static_cast<const T*>(p.input.data) + n * p.input.stride_n + c;
+      s.output[g] = static_cast<T*>(p.output.data) + n * p.output.stride_n + c;
+      s.kernel[g] = kernels + g * taps;
+      s.bias[g] = load_bias<T>(p.bias, c, p.channels);
+      if (g0 != loaded)
+        load_kernel(kernels + g * taps, make_lanes<T>(p.weight, 0, c, p.channels, same), p.kernel_h,
+                    p.kernel_w);
+    }
+    loaded = g0;
+    const int64_t y0 = task % tiles * plan.tile_h, y1 = std::min(y0 + plan.tile_h, p.out_height);
+    for (int64_t y = y0; y < y1; ++y) in_place_row(p, s, plan.block, y);
+  }
+}
+
+}  // namespace lkconv::cpu::LKCONV_ISA
