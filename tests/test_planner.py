@@ -193,9 +193,10 @@ def test_odd_rows_of_channels_last_tensors_are_read_in_place(pass_name):
         return of("direct", candidates(pass_name, (8, channels, side, side), kernel, **options))
 
     for kernel in ((3, 3), (5, 5), (7, 7), (51, 5), (9, 1)):
-        assert plan(kernel)["in_place"] and plan(kernel, dtype="float64")["in_place"]
+        assert plan(kernel)["in_place"]
         assert not plan(kernel, channels_last=False)["in_place"]
         assert not plan(kernel, dtype="bfloat16")["in_place"], "pixels are not vectors of the kernels' type"
+        assert not plan(kernel, dtype="float64")["in_place"]
         assert plan(kernel)["scratch_bytes"] < plan(kernel, dtype="bfloat16")["scratch_bytes"]
     assert not plan((9, 9))["in_place"] and not plan((4, 4), padding=(2, 2))["in_place"]
     assert not plan((3, 3), padding=(1, 0))["in_place"], "its rows are not as wide as the image's"

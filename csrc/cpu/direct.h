@@ -323,7 +323,8 @@ void direct_tile_rows(const ForwardProblem& p, const Plan& plan, const DirectScr
 template <class T>
 void forward_direct(const ForwardProblem& p, const Plan& plan, int64_t task0, int64_t task1) {
   constexpr int L = kLanes<T>;
-  if (plan.in_place) return forward_in_place<T>(p, plan, task0, task1);
+  if constexpr (std::is_same_v<T, float>)
+    if (plan.in_place) return forward_in_place<T>(p, plan, task0, task1);
   const int64_t tiles_x = ceil_div(p.out_width, plan.tile_w),
                 tiles = ceil_div(p.out_height, plan.tile_h) * tiles_x;
   const int64_t groups = channel_groups(p.channels, plan);

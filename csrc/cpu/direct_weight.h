@@ -315,10 +315,10 @@ void weight_direct(const WeightProblem& p, const Plan& plan, T* partial, int64_t
     zero(total, taps * s.count);
     const int64_t n0 = p.batch * split / plan.splits, n1 = p.batch * (split + 1) / plan.splits;
     for (int64_t n = n0; n < n1; ++n) {
-      if (plan.in_place)
-        correlate_image_in_place(p, s, n, g0 * L);
-      else
-        correlate_image(p, plan, s, n, g0 * L);
+      if constexpr (std::is_same_v<T, float>) {
+        if (plan.in_place) correlate_image_in_place(p, s, n, g0 * L);
+      }
+      if (!plan.in_place) correlate_image(p, plan, s, n, g0 * L);
       for (int64_t g = 0; g < s.count; ++g) {
         const int64_t moved = plan.in_place ? std::max<int64_t>(0, (g0 + g + 1) * L - p.channels) : 0;
         for (int64_t i = 0; i < taps * L; i += L) {

@@ -97,12 +97,13 @@ void choose_weight_span(const Geometry& g, const Machine& m, Plan& p) {
   p.span = even_part(groups, std::clamp<int64_t>(most, 1, std::min(groups, kMaxWeightSpan)));
 }
 
-// Whether a direct plan reads its tensors where they are: in vectors of the kernels' own type.
+// Whether a direct plan reads its tensors where they are: in vectors of the kernels' own type. float64 is
+// left out for the size of the code.
 void choose_in_place(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m, Plan& p) {
-  const bool own_type = dtype == DType::f32 || dtype == DType::f64;
-  if (!g.adjacent || !own_type || reduce != 1 || g.phases != 1 || !odd_rows(g) || g.channels < p.lanes)
+  if (!g.adjacent || dtype != DType::f32 || reduce != 1 || g.phases != 1 || !odd_rows(g) ||
+      g.channels < p.lanes)
     return;
-  const int64_t vector = p.lanes * (dtype == DType::f64 ? 8 : 4), taps = g.kernel_h * g.kernel_w;
+  const int64_t vector = p.lanes * 4, taps = g.kernel_h * g.kernel_w;
   if (pass == Pass::backward_weight) {
     p.in_place = true;
     p.tile_h = g.out_height;

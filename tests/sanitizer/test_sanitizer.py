@@ -50,7 +50,7 @@ def compile_object(source: Path) -> Path:
         return target
     # fuzz.cpp has a scratch allocator of its own; the library's one is compiled under another name.
     rename = ["-Dthread_scratch_bytes=library_scratch_bytes"] if source.name == "machine.cpp" else []
-    done = run([COMPILER, *FLAGS, *rename, "-c", str(source), "-o", str(target)])
+    done = run([COMPILER, *FLAGS, *rename, "-c", str(source), "-o", str(target)], timeout=480)
     assert done.returncode == 0, done.stderr[-4000:]
     return target
 
