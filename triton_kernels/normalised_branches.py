@@ -24,7 +24,7 @@ from .normalised_branches_backward import (
     backward_input_kernel,
     dots_kernel,
 )
-from .normalised_branches_forward import outputs_kernel, statistics_kernel, sum_kernel
+from .normalised_branches_forward import MOMENTS, outputs_kernel, statistics_kernel, sum_kernel
 from .normalised_branches_planner import REDUCE_CHANNELS, REDUCE_TILES, Tiles, tiles_for, weight_splits
 from .normalised_branches_weight import add_weight_splits_kernel, backward_weight_kernel
 from .planner import is_channels_last
@@ -162,7 +162,7 @@ def launch_outputs(
     variances: Tensor,
 ) -> None:  # fmt: skip
     branches = means.shape[0]
-    partial = call.scratch(2, branches, call.blocks, call.channels)
+    partial = call.scratch(MOMENTS, branches, call.blocks, call.channels)
     int64 = call.int64(geometry, partial)
     outputs_kernel[call.grid](
         call.input,

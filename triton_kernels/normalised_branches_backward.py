@@ -112,19 +112,19 @@ def backward_given_kernel(
         scale = factor(scales, FIRST + j, channels, c, c_ok, ACC)
         slope = factor(slopes, FIRST + j, channels, c, c_ok, ACC)
         constant = factor(constants, FIRST + j, channels, c, c_ok, ACC)
-        dz = branch_gradient(grad_output + at, given[j] + at, ok, scale, slope, constant, ACC)
+        dz = branch_gradient(grad_output, given[j], at, ok, scale, slope, constant, ACC)
         tl.store(grad_given[j] + at, dz.to(grad_given[j].dtype.element_ty), mask=ok)
 
 
 @triton.jit
 def add_transposed(
-    acc, grad_output, output, row, col, c, p_ok, c_ok, taps, channels, out_h, out_w, stride_h, stride_w,
+    acc, grad_output, output, at, row, col, c, p_ok, c_ok, taps, channels, out_h, out_w, stride_h, stride_w,
     scale, slope, constant, PLACE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``acc`` and what branch PLACE adds to the input's gradient at (row, col).
 
-    Tap (u, v) took this pixel to output (row + pad - u dil, col + pad - v dil). ``grad_output`` and
-    ``output`` are pointers to the outputs' pixels of position (row, col).
+    Tap (u, v) took this pixel to output (row + pad - u dil, col + pad - v dil). ``at`` are the offsets of
+    the outputs' pixels of position (row, col).
     """
     for u in range(PLACE[0]):
         down = PLACE[2] - u * PLACE[4]
@@ -134,7 +134,7 @@ def add_transposed(
             ok = row_ok & (col + right >= 0) & (col + right < out_w)
             ok = ok[:, None] & c_ok[None, :]
             step = down * stride_h + right * stride_w
-            dz = branch_gradient(grad_output + step, output + step, ok, scale, slope, constant, ACC)
+            dz = branch_gradient(grad_output, output, at + step, ok, scale, slope, constant, ACC)
             tap = tl.load(taps + ((PLACE[6] + u * PLACE[1] + v) * channels + c), mask=c_ok, other=0)
             acc = tl.fma(dz, tl.broadcast_to(tap.to(ACC)[None, :], acc.shape), acc)
     return acc
@@ -186,13 +186,13 @@ def backward_input_kernel(
         slope = factor(slopes, b, channels, c, c_ok, ACC)
         constant = factor(constants, b, channels, c, c_ok, ACC)
         acc = add_transposed(
-            acc, grad_output + there, outputs[b] + there, row, col, c, p_ok, c_ok, taps, channels, out_h,
+            acc, grad_output, outputs[b], there, row, col, c, p_ok, c_ok, taps, channels, out_h,
             out_w, y_stride_h, y_stride_w, scale, slope, constant, GEOMETRY[b], ACC,
         )  # fmt: skip
-    if IDENTITY:
+    if IDENTITY:  # input and outputs have one size, and so the same offsets
         B: tl.constexpr = len(outputs)
         scale = factor(scales, B, channels, c, c_ok, ACC)
         slope = factor(slopes, B, channels, c, c_ok, ACC)
         constant = factor(constants, B, channels, c, c_ok, ACC)
-        acc += branch_gradient(grad_output + there, x + here, ok, scale, slope, constant, ACC)
+        acc += branch_gradient(grad_output, x, there, ok, scale, slope, constant, ACC)
     tl.store(grad_input + here, acc.to(grad_input.dtype.element_ty), mask=ok)

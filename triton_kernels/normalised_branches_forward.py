@@ -1,8 +1,9 @@
 """All branches from one read of the input, their statistics, and their sum.
 
-Statistics come in two passes. A tile leaves its mean and the sum of squared distances from it, so that a
-large mean costs no digits; the second pass joins the tiles of a channel by M2 = sum_t M2_t + n_t (mean_t -
-mean)^2. Both sum in an order that sizes alone decide.
+Statistics come in two passes. A tile leaves its mean, how far that number is off, and the sum of squared
+distances from the mean, so that a large mean costs no digits; the second pass joins the tiles of a channel by
+M2 = sum_t M2_t + n_t (mean_t - mean)^2, with means counted from the first tile's. Both sum in an order that
+sizes alone decide.
 """
 
 import triton
@@ -10,18 +11,20 @@ import triton.language as tl
 
 from .normalised_branches_tiles import convolve, factor, own_tile, position
 
+MOMENTS = 3  # numbers that describe one channel of a tile: mean, rest, squares
+
 
 @triton.jit
-def store_moments(partial, squares, y, ok, c, c_ok, count):
-    """Mean and squared distances of (P, C) values, of which ``count`` rows are there, at ``partial + c`` and
-    ``partial + squares + c``."""
+def store_moments(partial, plane, y, ok, c, c_ok, count):
+    """Moments of (P, C) values, of which ``count`` rows are there: mean, rest and squares, ``plane`` elements
+    apart. The mean is that number and the rest, which rounding would lose in their sum."""
     mean = tl.sum(tl.where(ok, y, 0), axis=0) / count
     off = tl.where(ok, y - mean[None, :], 0)
-    # The mean was rounded: what the distances from it add up to says by how much.
     total = tl.sum(off, axis=0)
     rest = total / count
-    tl.store(partial + c, mean + rest, mask=c_ok)
-    tl.store(partial + (squares + c), tl.sum(off * off, axis=0) - rest * total, mask=c_ok)
+    tl.store(partial + c, mean, mask=c_ok)
+    tl.store(partial + (plane + c), rest, mask=c_ok)
+    tl.store(partial + (2 * plane + c), tl.sum(off * off, axis=0) - rest * total, mask=c_ok)
 
 
 @triton.jit
@@ -52,32 +55,44 @@ def outputs_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Writes ``outputs[b]`` of every kernel, and for every branch, ``given`` ones last, the moments of a
-    tile: ``partial`` is (means and squares, branches, blocks of pixels, channels)."""
+    tile: ``partial`` is (moments, branches, blocks of pixels, channels)."""
     blocks, block, p, c = own_tile(pixels, channels, INT64, BLOCK_P, BLOCK_C)
     p_ok = p < pixels
     c_ok = c < channels
     n, row, col = position(p, out_h, out_w)
-    x_pixel = n * x_stride_n + row * x_stride_h + col * x_stride_w
-    x_tile = x + (x_pixel[:, None] + (c * x_stride_c)[None, :])
+    here = (n * x_stride_n + row * x_stride_h + col * x_stride_w)[:, None] + (c * x_stride_c)[None, :]
     at = (n * y_stride_n + row * y_stride_h + col * y_stride_w)[:, None] + (c * y_stride_c)[None, :]
     ok = p_ok[:, None] & c_ok[None, :]
     count = tl.minimum(pixels - block * BLOCK_P, BLOCK_P).to(ACC)
-    squares = (len(outputs) + len(given)) * blocks * channels
+    plane = (len(outputs) + len(given)) * blocks * channels
     moments = partial + block * channels
     for b in tl.static_range(len(outputs)):
         acc = convolve(
-            x_tile, row, col, c, p_ok, c_ok, taps, channels, in_h, in_w, x_stride_h, x_stride_w,
+            x, here, row, col, c, p_ok, c_ok, taps, channels, in_h, in_w, x_stride_h, x_stride_w,
             GEOMETRY[b], ACC, BLOCK_P, BLOCK_C,
         )  # fmt: skip
         # Statistics are those of the values that are kept.
         y = acc.to(outputs[b].dtype.element_ty)
         tl.store(outputs[b] + at, y, mask=ok)
-        store_moments(moments, squares, y.to(ACC), ok, c, c_ok, count)
+        store_moments(moments, plane, y.to(ACC), ok, c, c_ok, count)
         moments += blocks * channels
     for j in tl.static_range(len(given)):
         y = tl.load(given[j] + at, mask=ok, other=0).to(ACC)
-        store_moments(moments, squares, y, ok, c, c_ok, count)
+        store_moments(moments, plane, y, ok, c, c_ok, count)
         moments += blocks * channels
+
+
+@triton.jit
+def tile_offset(
+    first, plane, origin, start, blocks, pixels, channels, c, c_ok, BLOCK_P, BLOCK_T: tl.constexpr
+):
+    """Of BLOCK_T tiles from ``start`` on: offsets, presence, counts (T, 1), and means less ``origin``."""
+    t = start + tl.arange(0, BLOCK_T)
+    at = (t * channels)[:, None] + c[None, :]
+    ok = (t < blocks)[:, None] & c_ok[None, :]
+    count = tl.minimum(pixels - t * BLOCK_P, BLOCK_P).to(origin.dtype)[:, None]
+    mean = tl.load(first + at, mask=ok, other=0) - origin[None, :]
+    return at, ok, count, mean + tl.load(first + (plane + at), mask=ok, other=0)
 
 
 @triton.jit
@@ -87,43 +102,42 @@ def statistics_kernel(
     variances,
     pixels,
     channels,
-    squares,
+    plane,
     INT64: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Mean and biased variance (branches, channels) from the moments of tiles; a program joins the tiles of
-    BLOCK_C channels of one branch."""
+    """Mean and biased variance (branches, channels) from the moments of tiles, (moments, branches, blocks,
+    channels); a program joins the tiles of BLOCK_C channels of one branch."""
     groups = tl.cdiv(channels, BLOCK_C)
     blocks = tl.cdiv(pixels, BLOCK_P)
     branch = tl.program_id(0) // groups
     if INT64:
         branch = branch.to(tl.int64)
         blocks = tl.cast(blocks, tl.int64)
+        plane = tl.cast(plane, tl.int64)
     c = (tl.program_id(0) % groups) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < channels
     first = partial + branch * blocks * channels
     origin = tl.load(first + c, mask=c_ok, other=0)
     values = tl.zeros([BLOCK_T, BLOCK_C], origin.dtype)
     for start in range(0, blocks, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        ok = (t < blocks)[:, None] & c_ok[None, :]
-        count = tl.minimum(pixels - t * BLOCK_P, BLOCK_P).to(origin.dtype)[:, None]
-        mean = tl.load(first + ((t * channels)[:, None] + c[None, :]), mask=ok, other=0)
-        values += tl.where(ok, count * (mean - origin[None, :]), 0)
-    centre = origin + tl.sum(values, axis=0) / pixels
+        at, ok, count, mean = tile_offset(
+            first, plane, origin, start, blocks, pixels, channels, c, c_ok, BLOCK_P, BLOCK_T
+        )
+        values += tl.where(ok, count * mean, 0)
+    centre = tl.sum(values, axis=0) / pixels
     values = tl.zeros([BLOCK_T, BLOCK_C], origin.dtype)
     for start in range(0, blocks, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        ok = (t < blocks)[:, None] & c_ok[None, :]
-        count = tl.minimum(pixels - t * BLOCK_P, BLOCK_P).to(origin.dtype)[:, None]
-        at = (t * channels)[:, None] + c[None, :]
-        off = tl.load(first + at, mask=ok, other=0) - centre[None, :]
-        inside = tl.load(first + (squares + at), mask=ok, other=0)
+        at, ok, count, mean = tile_offset(
+            first, plane, origin, start, blocks, pixels, channels, c, c_ok, BLOCK_P, BLOCK_T
+        )
+        off = mean - centre[None, :]
+        inside = tl.load(first + (2 * plane + at), mask=ok, other=0)
         values += tl.where(ok, inside + count * (off * off), 0)
     out = branch * channels + c
-    tl.store(means + out, centre, mask=c_ok)
+    tl.store(means + out, origin + centre, mask=c_ok)
     tl.store(variances + out, tl.sum(values, axis=0) / pixels, mask=c_ok)
 
 

@@ -12,7 +12,7 @@ from .planner import Machine, ceil_div, power_of_2, split_count
 
 IN_PLACE_TAPS = 49
 FEWEST_PIXELS = 64  # of a tile: two for each thread of a warp
-MOST_PIXELS = 512
+MOST_PIXELS = 256
 REDUCE_TILES = 64  # partial results that the second passes hold at once
 REDUCE_CHANNELS = 8  # channels of a second pass's program: one memory sector of float32
 

@@ -38,10 +38,10 @@ def factor(factors, b, channels, c, c_ok, ACC: tl.constexpr):
 
 @triton.jit
 def convolve(
-    x, row, col, c, p_ok, c_ok, taps, channels, in_h, in_w, x_stride_h, x_stride_w,
+    x, at, row, col, c, p_ok, c_ok, taps, channels, in_h, in_w, x_stride_h, x_stride_w,
     PLACE: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """(P, C) outputs at (row, col) of one branch; ``x`` are pointers to the input's pixels of that
+    """(P, C) outputs at (row, col) of one branch; ``at`` are the offsets of the input's pixels of that
     position."""
     acc = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for u in range(PLACE[0]):
@@ -52,17 +52,17 @@ def convolve(
             ok = row_ok & (col + right >= 0) & (col + right < in_w)
             tap = tl.load(taps + ((PLACE[6] + u * PLACE[1] + v) * channels + c), mask=c_ok, other=0)
             step = down * x_stride_h + right * x_stride_w
-            pixel = tl.load(x + step, mask=ok[:, None] & c_ok[None, :], other=0)
+            pixel = tl.load(x + (at + step), mask=ok[:, None] & c_ok[None, :], other=0)
             acc = tl.fma(pixel.to(ACC), tl.broadcast_to(tap.to(ACC)[None, :], acc.shape), acc)
     return acc
 
 
 @triton.jit
-def branch_gradient(grad_output, output, ok, scale, slope, constant, ACC: tl.constexpr):
+def branch_gradient(grad_output, output, at, ok, scale, slope, constant, ACC: tl.constexpr):
     """scale grad_output + slope y + constant where ``ok``, else 0: outside the image there is no output.
 
-    ``grad_output`` and ``output`` are (P, C) pointers, the numbers (1, C).
+    ``at`` are (P, C) offsets in both tensors, the numbers (1, C).
     """
-    g = tl.load(grad_output, mask=ok, other=0).to(ACC)
-    y = tl.load(output, mask=ok, other=0).to(ACC)
+    g = tl.load(grad_output + at, mask=ok, other=0).to(ACC)
+    y = tl.load(output + at, mask=ok, other=0).to(ACC)
     return tl.where(ok, scale * g + (slope * y + constant), 0)

@@ -31,9 +31,11 @@ def weight_share(
     out_h,
     out_w,
     x_stride_n,
+    x_stride_c,
     x_stride_h,
     x_stride_w,
     y_stride_n,
+    y_stride_c,
     y_stride_h,
     y_stride_w,
     PLACE: tl.constexpr,
@@ -42,31 +44,28 @@ def weight_share(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sums one branch's taps over ``blocks`` blocks of pixels; ``x``, ``grad_output`` and ``output`` are
-    pointers of channels, ``partial`` of channels' rows of taps."""
+    """Sums one branch's taps over ``blocks`` blocks of pixels; ``partial`` are pointers to the channels' rows
+    of taps."""
     taps: tl.constexpr = PLACE[0] * PLACE[1]
     tap = tap_block * BLOCK_U + tl.arange(0, BLOCK_U)
     tap_ok = tap < taps
     down = (tap // PLACE[1]) * PLACE[4] - PLACE[2]
     right = (tap % PLACE[1]) * PLACE[5] - PLACE[3]
-    step = down * x_stride_h + right * x_stride_w
+    step = (down * x_stride_h + right * x_stride_w)[:, None, None] + (c * x_stride_c)[None, None, :]
     acc = tl.zeros([BLOCK_U, BLOCK_P, BLOCK_C], ACC)
     for block in range(blocks):
         p = (first_block + block) * BLOCK_P + tl.arange(0, BLOCK_P)
         p_ok = p < pixels
         n, out_row, out_col = position(p, out_h, out_w)
         at = (n * y_stride_n + out_row * y_stride_h + out_col * y_stride_w)[:, None]
+        at += (c * y_stride_c)[None, :]
         there = p_ok[:, None] & c_ok[None, :]
-        dz = branch_gradient(
-            grad_output[None, :] + at, output[None, :] + at, there, scale, slope, constant, ACC
-        )
+        dz = branch_gradient(grad_output, output, at, there, scale, slope, constant, ACC)
         row = down[:, None] + out_row[None, :]
         col = right[:, None] + out_col[None, :]
         ok = (row >= 0) & (row < in_h) & (col >= 0) & (col < in_w) & tap_ok[:, None] & p_ok[None, :]
-        pixel = step[:, None] + (n * x_stride_n + out_row * x_stride_h + out_col * x_stride_w)[None, :]
-        window = tl.load(
-            x[None, None, :] + pixel[:, :, None], mask=ok[:, :, None] & c_ok[None, None, :], other=0
-        )
+        pixel = (n * x_stride_n + out_row * x_stride_h + out_col * x_stride_w)[None, :, None]
+        window = tl.load(x + (step + pixel), mask=ok[:, :, None] & c_ok[None, None, :], other=0)
         acc = tl.fma(window.to(ACC), tl.broadcast_to(dz[None, :, :], acc.shape), acc)
     out = partial[None, :] + (PLACE[6] + tap)[:, None]
     tl.store(out, tl.sum(acc, axis=1), mask=tap_ok[:, None] & c_ok[None, :])
@@ -124,12 +123,11 @@ def backward_weight_kernel(
             scale = factor(scales, b, channels, c, c_ok, ACC)
             slope = factor(slopes, b, channels, c, c_ok, ACC)
             constant = factor(constants, b, channels, c, c_ok, ACC)
-            y_channel = c * y_stride_c
             weight_share(
-                x + c * x_stride_c, grad_output + y_channel, outputs[b] + y_channel, scale, slope, constant,
-                lines, pid_u - STARTS[b], split * blocks_per_split, blocks_per_split, c, c_ok, pixels,
-                in_h, in_w, out_h, out_w, x_stride_n, x_stride_h, x_stride_w,
-                y_stride_n, y_stride_h, y_stride_w, GEOMETRY[b], ACC, BLOCK_U, BLOCK_P, BLOCK_C,
+                x, grad_output, outputs[b], scale, slope, constant, lines, pid_u - STARTS[b],
+                split * blocks_per_split, blocks_per_split, c, c_ok, pixels,
+                in_h, in_w, out_h, out_w, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+                y_stride_n, y_stride_c, y_stride_h, y_stride_w, GEOMETRY[b], ACC, BLOCK_U, BLOCK_P, BLOCK_C,
             )  # fmt: skip
 
 
@@ -158,8 +156,7 @@ def add_weight_splits_kernel(
         total += tl.load(line, mask=ok, other=0)
     c = i // TAPS
     for b in tl.static_range(len(grad_weights)):
-        size: tl.constexpr = GEOMETRY[b][0] * GEOMETRY[b][1]
         tap = i % TAPS - GEOMETRY[b][6]
-        mine = ok & (tap >= 0) & (tap < size)
-        to = grad_weights[b] + (c * size + tap)
+        mine = ok & (tap >= 0) & (tap < GEOMETRY[b][0] * GEOMETRY[b][1])
+        to = grad_weights[b] + (c * (GEOMETRY[b][0] * GEOMETRY[b][1]) + tap)
         tl.store(to, total.to(grad_weights[b].dtype.element_ty), mask=mine)
