@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from triton_aot import CUDA_TARGETS, Launch, Recorder, compile_launch, resources
+from triton_aot import CUDA_TARGETS, HIP_TARGET, Launch, Recorder, compile_launch, resources
 
 KERNELS = (
     "outputs", "statistics", "sum", "dots", "add_tiles", "backward_input", "backward_weight",
@@ -54,7 +54,36 @@ def launches(name: str, dtype: torch.dtype, layout: str, monkeypatch) -> dict[st
 
 
 def check(name: str, launch: Launch, arch: int) -> None:
-    compiled = compile_launch(launch, CUDA_TARGETS[arch])
-    used = resources(compiled)
+    used = resources(compile_launch(launch, CUDA_TARGETS[arch]))
     assert used.stack == 0, f"{name} spills {used.stack} bytes a thread"
     assert used.registers * 128 <= 65536
+
+
+@pytest.mark.parametrize("arch", CUDA_TARGETS)
+@pytest.mark.parametrize("dtype,layout", [(torch.float32, "nchw"), (torch.bfloat16, "nhwc")], ids=str)
+def test_architectures(dtype, layout, arch, monkeypatch):
+    """A block of UniRepLKNet: seven branches in one launch, nothing in local memory."""
+    for name, launch in launches("unireplknet", dtype, layout, monkeypatch).items():
+        check(name, launch, arch)
+
+
+@pytest.mark.parametrize(
+    "block,dtype,layout",
+    [
+        ("unireplknet", torch.float64, "nchw"),
+        ("replknet", torch.bfloat16, "nchw"),
+        ("replknet", torch.float32, "nhwc"),
+        ("replknet 7", torch.bfloat16, "nchw"),
+        ("7x7", torch.float16, "nchw"),
+    ],
+    ids=str,
+)
+def test_blocks(block, dtype, layout, monkeypatch):
+    for name, launch in launches(block, dtype, layout, monkeypatch).items():
+        check(name, launch, 90)
+
+
+def test_amd(monkeypatch):
+    """Nothing here is particular to one vendor: the same source compiles for gfx942."""
+    for launch in launches("replknet", torch.float16, "nchw", monkeypatch).values():
+        assert "global_store" in compile_launch(launch, HIP_TARGET).asm["amdgcn"]

@@ -12,7 +12,7 @@ from .planner import Machine, ceil_div, power_of_2, split_count
 
 IN_PLACE_TAPS = 49
 FEWEST_PIXELS = 64  # of a tile: two for each thread of a warp
-MOST_PIXELS = 256
+MOST_PIXELS = 256  # with twice as many the backward pass spills on some architectures
 REDUCE_TILES = 64  # partial results that the second passes hold at once
 REDUCE_CHANNELS = 8  # channels of a second pass's program: one memory sector of float32
 
@@ -40,7 +40,7 @@ class Tiles:
 
 def tiles_for(pixels: int, channels: int, channels_last: bool) -> Tiles:
     """Contiguous images run a channel at a time, so that a tap is one number; channels_last ones have
-    channels on the fast axis. A tile holds at most 1024 values, 8 per thread of 4 warps."""
+    channels on the fast axis, and 8 values for each thread of 4 warps."""
     if channels_last:
         block_c = min(32, power_of_2(channels))
         return Tiles(1024 // block_c, block_c, 8, 128 // block_c, block_c)
