@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter has a process of its own", allow_module_level=True)
 
 from normalised_branches_cases import SUMS
-from triton_normalised_branches_checks import CHECKS, INTERPRETED_CHECKS, training_checks, value_checks
+from triton_normalised_branches_checks import CHECKS, INTERPRETED_GROUPS, training_checks, value_checks
 from triton_support import run_interpreted
 
 ON_DEVICE = {
@@ -22,17 +22,11 @@ ON_DEVICE = {
 DEVICE = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 
 
-@pytest.fixture(scope="module")
-def outcomes(request, tmp_path_factory) -> dict[str, str | None]:
-    """Runs the selected interpreter tests of this file in one interpreting process."""
-    items = [item for item in request.session.items if item.path == request.path]
-    names = [item.callspec.params["name"] for item in items if item.originalname == "test_interpreted"]
-    return run_interpreted(names, tmp_path_factory.mktemp("interpreter"))
-
-
-@pytest.mark.parametrize("name", INTERPRETED_CHECKS)
-def test_interpreted(name, outcomes):
-    assert outcomes[name] is None, outcomes[name]
+@pytest.mark.parametrize("group", INTERPRETED_GROUPS)
+def test_interpreted(group, tmp_path):
+    found = run_interpreted(list(INTERPRETED_GROUPS[group]), tmp_path)
+    failures = [f"{name}:\n{failure}" for name, failure in found.items() if failure is not None]
+    assert not failures, "\n".join(failures)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -244,18 +244,20 @@ CHECKS: dict[str, Callable[[str], None]] = {
 }  # fmt: skip
 
 
-def value_checks(sums: dict, dtypes: tuple[torch.dtype, ...], device: str) -> dict[str, Callable[[], None]]:
+def value_checks(
+    sums: dict, dtypes: tuple[torch.dtype, ...], device: str, layouts: Iterable[str] = LAYOUTS
+) -> dict[str, Callable[[], None]]:
     return {
-        f"{name}-{layout}-{dtype}": partial(check_values, case, dtype, layout, device)
+        f"branches-{name}-{layout}-{dtype}": partial(check_values, case, dtype, layout, device)
         for name, case in sums.items()
-        for layout in LAYOUTS
+        for layout in layouts
         for dtype in dtypes
     }
 
 
 def training_checks(dtypes: tuple[torch.dtype, ...], device: str) -> dict[str, Callable[[], None]]:
     return {
-        f"training-{name}-{layout}-{dtype}": partial(check_training, block, layout, dtype, device)
+        f"branches-training-{name}-{layout}-{dtype}": partial(check_training, block, layout, dtype, device)
         for name, block in BLOCKS.items()
         for layout in LAYOUTS
         for dtype in dtypes
@@ -263,13 +265,12 @@ def training_checks(dtypes: tuple[torch.dtype, ...], device: str) -> dict[str, C
 
 
 FEW = {name: SMALL[name] for name in ("one", "all")}
-INTERPRETED_CHECKS = {
-    f"branches-{name}": check
-    for name, check in {
-        **value_checks(SMALL, (torch.float32,), "cpu"),
-        "channels": partial(check_values, CHANNELS, torch.float32, "nhwc", "cpu"),
-        **value_checks(FEW, (torch.float16, torch.float64), "cpu"),
-        **training_checks((torch.float64,), "cpu"),
-        **{name: partial(check, "cpu") for name, check in CHECKS.items()},
-    }.items()
+# In groups that each have an interpreting process, so that workers share them.
+INTERPRETED_GROUPS = {
+    "nchw": value_checks(SMALL, (torch.float32,), "cpu", ["nchw"]),
+    "nhwc": value_checks({**SMALL, "channels": CHANNELS}, (torch.float32,), "cpu", ["nhwc"]),
+    "dtypes": value_checks(FEW, (torch.float16, torch.float64), "cpu"),
+    "training": training_checks((torch.float64,), "cpu"),
+    "checks": {f"branches-{name}": partial(check, "cpu") for name, check in CHECKS.items()},
 }
+INTERPRETED_CHECKS = {name: check for group in INTERPRETED_GROUPS.values() for name, check in group.items()}
