@@ -15,9 +15,11 @@ from normalised_branches_cases import SUMS
 from triton_normalised_branches_checks import CHECKS, INTERPRETED_GROUPS, training_checks, value_checks
 from triton_support import run_interpreted
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ON_DEVICE = {
-    **value_checks(SUMS, (torch.float64, torch.float32, torch.float16, torch.bfloat16), "cuda"),
-    **training_checks((torch.float64, torch.float32, torch.float16, torch.bfloat16), "cuda"),
+    **value_checks(SUMS, DTYPES, "cuda"),
+    **training_checks(DTYPES, "cuda", "nchw"),
+    **training_checks(DTYPES, "cuda", "nhwc"),
 }
 DEVICE = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 

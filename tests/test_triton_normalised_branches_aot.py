@@ -62,7 +62,7 @@ def check(name: str, launch: Launch, arch: int) -> None:
 @pytest.mark.parametrize("arch", CUDA_TARGETS)
 @pytest.mark.parametrize("dtype,layout", [(torch.float32, "nchw"), (torch.bfloat16, "nhwc")], ids=str)
 def test_architectures(dtype, layout, arch, monkeypatch):
-    """A block of UniRepLKNet: seven branches in one launch, nothing in local memory."""
+    """A block of UniRepLKNet: five kernels and two more branches in one launch, nothing in local memory."""
     for name, launch in launches("unireplknet", dtype, layout, monkeypatch).items():
         check(name, launch, arch)
 
@@ -72,7 +72,6 @@ def test_architectures(dtype, layout, arch, monkeypatch):
     [
         ("unireplknet", torch.float64, "nchw"),
         ("replknet", torch.bfloat16, "nchw"),
-        ("replknet", torch.float32, "nhwc"),
         ("replknet 7", torch.bfloat16, "nchw"),
         ("7x7", torch.float16, "nchw"),
     ],

@@ -197,8 +197,8 @@ def check_training(block: Callable[[], nn.Module], layout: str, dtype: torch.dty
             nn.init.normal_(norm.weight)
             nn.init.normal_(norm.bias)
     x = torch.randn(2, 2, 5, 7, dtype=dtype).to(device).contiguous(memory_format=LAYOUTS[layout])
-    got, names = training_step(module, x, "fused")
-    wanted, others = training_step(module, x, "branches")
+    got, names = training_step(module, x, "triton", "fused")
+    wanted, others = training_step(module, x, "torch", "branches")
     stages = {f"lkconv_triton::normalised_branches{stage}" for stage in ("", "_sum", "_dots", "_backward")}
     assert stages <= names and not stages & others
     limit = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
@@ -209,11 +209,13 @@ def check_training(block: Callable[[], nn.Module], layout: str, dtype: torch.dty
         assert off <= limit * max(size, 1), name
 
 
-def training_step(module: nn.Module, x: Tensor, path: str) -> tuple[dict[str, Tensor], set[str]]:
+def training_step(
+    module: nn.Module, x: Tensor, backend: str, path: str
+) -> tuple[dict[str, Tensor], set[str]]:
     """Output, gradients and buffers after one step, and the names of the ops that ran."""
     module, x = copy.deepcopy(module), x.detach().requires_grad_()
     with (
-        lkconv.use_backend("triton"),
+        lkconv.use_backend(backend),
         reparam.use_training_path(path),
         torch.profiler.profile() as profile,
     ):
@@ -255,11 +257,14 @@ def value_checks(
     }
 
 
-def training_checks(dtypes: tuple[torch.dtype, ...], device: str) -> dict[str, Callable[[], None]]:
+def training_checks(
+    dtypes: tuple[torch.dtype, ...], device: str, layout: str, blocks: Iterable[str] = BLOCKS
+) -> dict[str, Callable[[], None]]:
     return {
-        f"branches-training-{name}-{layout}-{dtype}": partial(check_training, block, layout, dtype, device)
-        for name, block in BLOCKS.items()
-        for layout in LAYOUTS
+        f"branches-training-{name}-{layout}-{dtype}": partial(
+            check_training, BLOCKS[name], layout, dtype, device
+        )
+        for name in blocks
         for dtype in dtypes
     }
 
@@ -270,7 +275,10 @@ INTERPRETED_GROUPS = {
     "nchw": value_checks(SMALL, (torch.float32,), "cpu", ["nchw"]),
     "nhwc": value_checks({**SMALL, "channels": CHANNELS}, (torch.float32,), "cpu", ["nhwc"]),
     "dtypes": value_checks(FEW, (torch.float16, torch.float64), "cpu"),
-    "training": training_checks((torch.float64,), "cpu"),
+    "training": {
+        **training_checks((torch.float64,), "cpu", "nchw", ["unireplknet", "repvgg"]),
+        **training_checks((torch.float64,), "cpu", "nhwc", ["replknet", "repvgg"]),
+    },
     "checks": {f"branches-{name}": partial(check, "cpu") for name, check in CHECKS.items()},
 }
 INTERPRETED_CHECKS = {name: check for group in INTERPRETED_GROUPS.values() for name, check in group.items()}
