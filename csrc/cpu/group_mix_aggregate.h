@@ -130,7 +130,8 @@ void mix_strip(const AggregateProblem<T>& p, int64_t kind, const Strip& strip, c
     for (int64_t g = 0; g < parts * groups; ++g)
       depthwise_rows(w, g, kernel, weights.depthwise + g * kernel * kernel * L, Vec<T>{}, y, y1, tile + g * L,
                      depth);
-    gemm<T, Rows::pixels>(Left<T>{tile, depth, 1}, weights.in_out, padded, depth, count, groups, init,
+    gemm<T, Rows::pixels>(Left<T>{tile, depth, 1}, weights.in_out, padded,
+                          {p.segment, parts, padded - p.segment}, count, groups, init,
                           [=](int64_t i, int64_t j, Vec<T> v)
                               __attribute__((always_inline)) { store(u + i * padded + j * L, v); });
     done(y * p.width, count, u);
@@ -192,11 +193,13 @@ void aggregate(const AggregateProblem<T>& p, int64_t kind, int64_t begin, int64_
       const auto to = part_tokens(p, static_cast<S*>(p.mixed), strip.image, strip.part, kMixed * p.segment,
                                   kind * p.segment);
       auto activate = [&](int64_t n, int64_t count, T* u) {
-        for (int64_t i = 0; i < count; ++i, u += padded)
+        for (int64_t i = 0; i < count; ++i, u += padded) {
+          request_token(to, n + i, strip.y1 * p.width, p.segment);
           for (int64_t c = 0; c < p.segment; c += L) {
             const Vec<T> a = kind ? load(u + c) : load(u + c) * load(p.scale + c) + load(p.shift + c);
             store_channels<T>(to.at(n + i) + c, p.segment - c, hard_swish<T>(a));
           }
+        }
       };
       if (kind == 0)
         copy_strip<T, S>(p, strip, activate);

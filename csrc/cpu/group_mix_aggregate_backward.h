@@ -37,12 +37,15 @@ void fill_grad(const AggregateBackwardProblem<T>& p, int64_t s, const Strip& str
   const auto from = premix_tokens<T, S>(p, strip.image, strip.part, s);
   const auto grad = part_tokens(p, static_cast<const S*>(p.grad_mixed), strip.image, strip.part,
                                 kMixed * p.segment, s * p.segment);
-  for (int64_t i = n; i < n + count; ++i, du += padded)
+  for (int64_t i = n; i < n + count; ++i, du += padded) {
+    request_token(from, i, n + count, p.segment);
+    request_token(grad, i, n + count, p.segment);
     for (int64_t c = 0; c < p.segment; c += L) {
       const auto a = activation_grad<T, S>(p, s, c, from.at(i), grad.at(i));
       const int64_t at = s * padded + c;
       store(du + c, load(p.scale + at) * a.grad + load(p.slope + at) * a.u + load(p.offset + at));
     }
+  }
 }
 
 // The same for the non-attention branch, through hardswish and LayerNorm. Where `sums` (2, padded) is given,
@@ -128,7 +131,7 @@ void backward_rows(const AggregateBackwardProblem<T>& p, int64_t kind, const Str
     const int64_t step = s.dt.group_size();
     T* to = s.dt.data;
     const int64_t* place = s.place;
-    gemm<T, Rows::pixels>(Left<T>{s.du, s.padded, 1}, weights.out_in, s.depth, p.segment, count,
+    gemm<T, Rows::pixels>(Left<T>{s.du, s.padded, 1}, weights.out_in, s.depth, {p.segment}, count,
                           s.parts * s.groups, static_cast<const T*>(nullptr),
                           [=](int64_t i, int64_t j, Vec<T> v)
                               __attribute__((always_inline)) { store(to + place[i] + j * step, v); });

@@ -136,7 +136,7 @@ void multiply_heads(const AttentionSizes<T>& z, const T* a, const T* matrices, i
   constexpr int L = kLanes<T>;
   for (int64_t h = 0; h < kHeads; ++h) {
     const int64_t c = h * z.head;
-    gemm<T, Rows::pixels>(Left<T>{a + c, z.row, 1}, matrices + c * z.head_row, z.head_row, z.head, count,
+    gemm<T, Rows::pixels>(Left<T>{a + c, z.row, 1}, matrices + c * z.head_row, z.head_row, {z.head}, count,
                           z.head_row / L, static_cast<const T*>(nullptr),
                           [=](int64_t i, int64_t j, Vec<T> v) __attribute__((always_inline)) {
                             finish(i * z.row + c + j * L, c + j * L, v);

@@ -11,10 +11,15 @@ struct Left {
   int64_t row, depth;
 };
 
-// out(i, j, sum_k A(i, k) * b[k * b_row + j * L]) for i0 <= i < i0 + M and j0 <= j < j0 + J
+// The values of k: `runs` runs of `length`, `gap` apart; gaps are padding, which need not be multiplied.
+struct Depth {
+  int64_t length, runs = 1, gap = 0;
+};
+
+// out(i, j, init[j * L] + sum_k A(i, k) * b[k * b_row + j * L]) for i0 <= i < i0 + M and j0 <= j < j0 + J
 template <class T, int M, int J, class Out>
-LKCONV_INLINE void gemm_tile(const Left<T>& left, const T* b, int64_t b_row, int64_t depth, int64_t i0,
-                             int64_t j0, int64_t rows, const T* init, Out&& out) {
+LKCONV_INLINE void gemm_tile(const Left<T>& left, const T* b, int64_t b_row, const Depth& depth,
+                             int64_t i0, int64_t j0, int64_t rows, const T* init, Out&& out) {
   constexpr int L = kLanes<T>;
   Vec<T> acc[M][J];
 #pragma GCC unroll 16
@@ -23,17 +28,18 @@ LKCONV_INLINE void gemm_tile(const Left<T>& left, const T* b, int64_t b_row, int
     for (int j = 0; j < J; ++j) acc[i][j] = init ? load(init + (j0 + j) * L) : Vec<T>{};
   const T* a = left.a + i0 * left.row;
   b += j0 * L;
-  for (int64_t k = 0; k < depth; ++k, a += left.depth, b += b_row) {
-    Vec<T> w[J];
+  for (int64_t run = 0; run < depth.runs; ++run, a += depth.gap * left.depth, b += depth.gap * b_row)
+    for (int64_t k = 0; k < depth.length; ++k, a += left.depth, b += b_row) {
+      Vec<T> w[J];
 #pragma GCC unroll 4
-    for (int j = 0; j < J; ++j) w[j] = load(b + j * L);
+      for (int j = 0; j < J; ++j) w[j] = load(b + j * L);
 #pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-      const T x = a[i * left.row];
+      for (int i = 0; i < M; ++i) {
+        const T x = a[i * left.row];
 #pragma GCC unroll 4
-      for (int j = 0; j < J; ++j) acc[i][j] += w[j] * x;
+        for (int j = 0; j < J; ++j) acc[i][j] += w[j] * x;
+      }
     }
-  }
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
     if (i0 + i < rows)
@@ -52,8 +58,8 @@ constexpr int kTileRows =
                       : (LKCONV_VECTOR_REGISTERS >= 32 ? (J == 1 ? 16 : 8) : (J == 1 ? 8 : 4));
 
 template <class T, Rows R, int J, class Out>
-LKCONV_INLINE void gemm_columns(const Left<T>& left, const T* b, int64_t b_row, int64_t depth, int64_t j0,
-                                int64_t rows, const T* init, Out&& out) {
+LKCONV_INLINE void gemm_columns(const Left<T>& left, const T* b, int64_t b_row, const Depth& depth,
+                                int64_t j0, int64_t rows, const T* init, Out&& out) {
   constexpr int M = kTileRows<R, J>;
   int64_t i = 0;
   for (; i + M / 2 < rows; i += M) gemm_tile<T, M, J>(left, b, b_row, depth, i, j0, rows, init, out);
@@ -65,7 +71,7 @@ LKCONV_INLINE void gemm_columns(const Left<T>& left, const T* b, int64_t b_row, 
 constexpr int64_t kRowSlack = 16;
 
 template <class T, Rows R, class Out>
-LKCONV_INLINE void gemm(const Left<T>& left, const T* b, int64_t b_row, int64_t depth, int64_t rows,
+LKCONV_INLINE void gemm(const Left<T>& left, const T* b, int64_t b_row, const Depth& depth, int64_t rows,
                         int64_t vectors, const T* init, Out&& out) {
   for (int64_t j = 0; j < vectors;) {
     const int64_t left_over = vectors - j;
@@ -91,7 +97,7 @@ template <class T>
 void gemm_accumulate(T* c, int64_t c_row, const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t rows,
                      int64_t vectors, int64_t depth) {
   constexpr int L = kLanes<T>;
-  gemm<T, Rows::channels>(Left<T>{a, 1, a_row}, b, b_row, depth, rows, vectors,
+  gemm<T, Rows::channels>(Left<T>{a, 1, a_row}, b, b_row, {depth}, rows, vectors,
                           static_cast<const T*>(nullptr),
                           [=](int64_t i, int64_t j, Vec<T> v) __attribute__((always_inline)) {
                             T* to = c + i * c_row + j * L;

@@ -35,14 +35,30 @@ struct Tokens {
   S* at(int64_t n) const { return data + n * token; }
 };
 
+// A segment of a token is a short run far from the next token's, which hardware prefetchers do not foresee:
+// asks for the token kAhead after n, or the last of those before `end`.
+constexpr int64_t kAhead = 16;
+
+template <class S>
+LKCONV_INLINE void request_token(const Tokens<S>& tokens, int64_t n, int64_t end, int64_t channels) {
+  constexpr int64_t kLine = 64;
+  const char* at = reinterpret_cast<const char*>(tokens.at(std::min(n + kAhead, end - 1)));
+  const int64_t bytes = channels * int64_t(sizeof(S));
+  constexpr int kWrite = std::is_const_v<S> ? 0 : 1;
+  for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(at + b, kWrite, 3);
+  __builtin_prefetch(at + bytes - 1, kWrite, 3);
+}
+
 // dst[i][0, padded channels) = the channels of token n0 + i
 template <class T, class S>
 void load_tokens(T* dst, int64_t dst_row, const Tokens<const S>& src, int64_t n0, int64_t count,
                  int64_t channels) {
   constexpr int L = kLanes<T>;
-  for (int64_t i = 0; i < count; ++i, dst += dst_row)
+  for (int64_t i = 0; i < count; ++i, dst += dst_row) {
+    request_token(src, n0 + i, n0 + count, channels);
     for (int64_t c = 0; c < channels; c += L)
       store(dst + c, load_channels<T>(src.at(n0 + i) + c, channels - c));
+  }
 }
 
 template <class T, class S>
@@ -102,6 +118,7 @@ void load_window(const Window<T>& w, int64_t group, int64_t groups, const Tokens
     T* to = w.at(group, y, 0);
     for (int64_t x = 0; x < w.width; ++x, to += L) {
       const S* from = image.at(y * w.width + x);
+      request_token(image, y * w.width + x, y1 * w.width, channels);
       for (int64_t g = 0; g < used; ++g)
         store(to + g * step, load_channels<T>(from + g * L, channels - g * L));
     }

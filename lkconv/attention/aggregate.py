@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from .. import reference_group_mix as reference
 from . import registration
 from .checks import check_aggregate
+from .derivatives import composed_aggregate, differentiable_gradients, sample_of, under_derivative
 
 Group = Any  # a torch.distributed process group
 
@@ -28,7 +28,7 @@ def computed_dtype(tokens: Tensor) -> torch.dtype:
 
 def namespace(tokens: Tensor) -> str | None:
     """The op namespace of the backend whose fused kernels take these tokens; None for plain PyTorch."""
-    if tokens.numel() == 0:
+    if tokens.numel() == 0 or under_derivative():
         return None
     return backends.namespace(tokens.device, computed_dtype(tokens), "group_mix")
 
@@ -84,10 +84,33 @@ class _BatchStatistics(torch.autograd.Function):
         ctx.save_for_backward(qkv, premix, prelocal, mean, var, *parameters)
 
     @staticmethod
-    @once_differentiable
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[Any, Any]:
+        """Every sample has statistics of its own."""
+        namespace, *rest = arguments
+        samples = [
+            _BatchStatistics.apply(
+                namespace, *(sample_of(a, d, i) for a, d in zip(rest, in_dims[1:], strict=True))
+            )
+            for i in range(info.batch_size)
+        ]
+        columns = list(zip(*samples, strict=True))
+        stacked = tuple(c[0] if not isinstance(c[0], Tensor) else torch.stack(c) for c in columns)
+        return stacked, tuple(None if not isinstance(c[0], Tensor) else 0 for c in columns)
+
+    @staticmethod
     def backward(ctx: Any, grad_mixed: Tensor, grad_local: Tensor, *_: Any) -> tuple:
         qkv, premix, prelocal, mean, var, *parameters = ctx.saved_tensors
         depthwise, pointwise, nw, nb = (parameters[i : i + 4] for i in range(0, 16, 4))
+        if torch.is_grad_enabled():
+            if ctx.group is not None:
+                raise RuntimeError("double backward through synchronised batch statistics is not supported")
+            size, eps = (ctx.height, ctx.width), (ctx.eps, ctx.layer_norm_eps)
+            outputs = composed_aggregate(
+                qkv, size, depthwise, pointwise, nw, nb, None, (parameters[16], parameters[17]), eps
+            )
+            inputs = [qkv, *parameters]
+            found = differentiable_gradients(outputs, (grad_mixed, grad_local), inputs)
+            return None, found[0], *[None] * 5, *found[1:]
         ops = getattr(torch.ops, ctx.namespace)
         sums = ops.group_mix_backward_reduce(grad_mixed, qkv, premix, nw, nb, mean, var, ctx.eps)
         grad_nw, grad_nb = registration.norm_gradients(sums, nw, nb)
@@ -174,6 +197,8 @@ def aggregate_tokens(
 class _SplitHeads(torch.autograd.Function):
     """Views of q, k and v, whose gradients are gathered in one pass (unbind's would be permuted twice)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(mixed: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
         parts, batch, tokens, channels = mixed.shape
@@ -220,8 +245,9 @@ def group_mix_aggregate(
     convolution, LayerNorm and hardswish. q, k and v share all parameters and BatchNorm statistics.
 
     Where a backend has fused kernels (CPUs; GPUs through CUDA C++ or Triton) this is one pass over ``qkv`` in
-    evaluation and two in training, without permuted copies; elsewhere, for empty tensors and under
-    ``use_backend("torch")``, it runs as plain PyTorch (:mod:`lkconv.reference`).
+    evaluation and two in training, without permuted copies. Elsewhere, for empty tensors, under
+    ``torch.func.grad`` and its kin, in forward mode and under ``use_backend("torch")``, it runs as plain
+    PyTorch (:mod:`lkconv.reference`), through which second derivatives are taken too.
 
     Args:
         qkv: (B, N, 3 * C), the output of ``Linear(C, 3 * C)``; float64, float32, float16 or bfloat16.

@@ -16,6 +16,14 @@ import torch
 from torch import Tensor
 
 from .checks import KERNELS, NUM_HEADS
+from .derivatives import (
+    accumulation_dtype,
+    composed_aggregate,
+    composed_attention,
+    differentiable_gradients,
+    into_batch,
+    sample_by_sample,
+)
 
 OUTPUTS: dict[str, Callable] = {}  # op -> its fake kernel
 _registered: set[str] = set()
@@ -28,6 +36,7 @@ def register_hooks(namespace: str) -> Any:
         _registered.add(namespace)
         for name, fake in OUTPUTS.items():
             torch.library.register_fake(f"{namespace}::{name}", fake, allow_override=True)
+            torch.library.register_vmap(f"{namespace}::{name}", _vmap_rule(name, getattr(ops, name).default))
         for name, backward, setup in (
             ("group_mix_aggregate", _aggregate_backward, _aggregate_setup),
             ("group_mix_attention", _attention_backward, _attention_setup),
@@ -37,17 +46,20 @@ def register_hooks(namespace: str) -> Any:
     return ops
 
 
+def _vmap_rule(name: str, op: Callable) -> Callable:
+    if name == "group_mix_aggregate":
+        return into_batch(op, [0], [1, 0])
+    if name == "group_mix_attention":
+        return into_batch(op, [1, 0], [0, 0, 0])
+    return sample_by_sample(op)
+
+
 def _outputs_of(name: str) -> Callable[[Callable], Callable]:
     def keep(fake: Callable) -> Callable:
         OUTPUTS[name] = fake
         return fake
 
     return keep
-
-
-def accumulation_dtype(t: Tensor) -> torch.dtype:
-    """The dtype of statistics and of gradients of parameters inside the kernels."""
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 def unpack(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -173,6 +185,12 @@ def _aggregate_backward(ops: Any, ctx: Any, grad_mixed: Tensor | None, grad_loca
     depthwise, pointwise, nw, nb, nm, nv = (list(rest[i : i + 4]) for i in range(0, 24, 4))
     height, width = ctx.size
     eps, layer_norm_eps = ctx.eps
+    if torch.is_grad_enabled():
+        outputs = composed_aggregate(qkv, ctx.size, depthwise, pointwise, nw, nb, (nm, nv), (lw, lb), ctx.eps)
+        inputs = [qkv, *depthwise, *pointwise, *nw, *nb, lw, lb]
+        found = differentiable_gradients(outputs, (grad_mixed, grad_local), inputs)
+        groups = [found[i : i + 4] for i in range(1, 17, 4)]
+        return found[0], None, None, *groups, [None] * 4, [None] * 4, *found[17:], None, None
     premix, prelocal, local, _, _ = ops.group_mix_mix(
         qkv, height, width, depthwise, pointwise, lw, lb, layer_norm_eps
     )
@@ -220,16 +238,20 @@ def _aggregate_backward(ops: Any, ctx: Any, grad_mixed: Tensor | None, grad_loca
 
 
 def _attention_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    mixed, _, height, width, weight, bias, scale = inputs
+    mixed, local, height, width, weight, bias, scale = inputs
     _, log_sum, context = output
     ctx.size, ctx.scale = (height, width), scale
     ctx.mark_non_differentiable(log_sum, context)
-    ctx.save_for_backward(mixed, log_sum, context, *weight, *bias)
+    ctx.save_for_backward(mixed, local, log_sum, context, *weight, *bias)
 
 
 def _attention_backward(ops: Any, ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple:
-    mixed, log_sum, context, *parameters = ctx.saved_tensors
+    mixed, local, log_sum, context, *parameters = ctx.saved_tensors
     height, width = ctx.size
+    if torch.is_grad_enabled():
+        out = composed_attention(mixed, local, ctx.size, parameters[:3], parameters[3:], ctx.scale)
+        found = differentiable_gradients([out], [grad_out], [mixed, local, *parameters])
+        return found[0], found[1], None, None, found[2:5], found[5:], None
     grad_mixed, flat = ops.group_mix_attention_backward(
         grad_out, mixed, log_sum, context, height, width, parameters[:3], parameters[3:], ctx.scale
     )
