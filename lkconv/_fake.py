@@ -45,6 +45,14 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
+def stacked(input: Tensor, count: int, height: Any, width: Any) -> Tensor:
+    """Uninitialised (count, N, C, height, width), each of the count in the memory format of ``input``."""
+    n, c = input.shape[:2]
+    if memory_format(input) == torch.channels_last:
+        return input.new_empty((count, n, height, width, c)).permute(0, 1, 4, 2, 3)
+    return input.new_empty((count, n, c, height, width))
+
+
 def _symbolic_true(condition: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 

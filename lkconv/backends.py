@@ -89,6 +89,8 @@ def _cuda_lacks(family: str) -> str | None:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     if family == "group_mix" and not has_kernel("lkconv::group_mix_aggregate", "CUDA"):
         return "the CUDA module has no Group-Mix kernels"
+    if family == "normalised_branches" and not has_kernel("lkconv::normalised_branches", "CUDA"):
+        return "the CUDA module has no kernels for sums of normalised branches"
     return None
 
 
@@ -111,6 +113,7 @@ def _triton_declines(device: torch.device, dtype: torch.dtype) -> str | None:
 FAMILIES = {  # ops that a backend has or has not as a whole -> where their hooks are registered
     "depthwise_conv2d": "lkconv.ops",
     "group_mix": "lkconv.attention.registration",
+    "normalised_branches": "lkconv.reparam.normalised_branches",
 }
 
 BACKENDS = (

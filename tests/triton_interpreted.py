@@ -17,7 +17,8 @@ import traceback
 import torch
 
 from triton_checks import CHECKS
-from triton_group_mix_checks import INTERPRETED_CHECKS
+from triton_group_mix_checks import INTERPRETED_CHECKS as GROUP_MIX_CHECKS
+from triton_normalised_branches_checks import INTERPRETED_CHECKS as BRANCHES_CHECKS
 from triton_support import PASSES, check_pass, interpreter_cases, kernels
 
 
@@ -26,7 +27,7 @@ def tests() -> dict[str, object]:
     for case in interpreter_cases():
         for pass_name in PASSES:
             every[f"{pass_name}-{case.name}"] = lambda c=case, p=pass_name: check_pass(c, p, "cpu")
-    return every | CHECKS | INTERPRETED_CHECKS
+    return every | CHECKS | GROUP_MIX_CHECKS | BRANCHES_CHECKS
 
 
 def main(results: str, names: list[str]) -> None:

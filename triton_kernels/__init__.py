@@ -1,9 +1,10 @@
 """Depthwise convolution and Group-Mix attention in Triton: operators in the namespace ``lkconv_triton``.
 
-The same schemas, memory formats and results as ``lkconv::depthwise_conv2d*`` and ``lkconv::group_mix_*``, for
-every GPU that Triton has a backend for. Autograd, autocast, vmap and sharding are put on by
+The same schemas, memory formats and results as ``lkconv::depthwise_conv2d*`` and ``lkconv::group_mix_*``,
+for every GPU that Triton has a backend for. Autograd, autocast, vmap and sharding are put on by
 ``lkconv.ops.register_hooks("lkconv_triton")``, the hooks of Group-Mix by
-``lkconv.attention.registration.register_hooks("lkconv_triton")``.
+``lkconv.attention.registration.register_hooks("lkconv_triton")``; the fake kernels of the fold of branches
+and of sums of normalised branches by the modules of those names in ``lkconv.reparam``.
 """
 
 from __future__ import annotations
@@ -64,6 +65,12 @@ GROUP_MIX = (  # schemas: csrc/cpu/group_mix_ops.cpp
     "group_mix_attention",
     "group_mix_attention_backward",
 )
+NORMALISED_BRANCHES = (  # schemas: csrc/module.cpp
+    "normalised_branches",
+    "normalised_branches_sum",
+    "normalised_branches_dots",
+    "normalised_branches_backward",
+)
 
 
 def _register() -> bool:
@@ -71,6 +78,7 @@ def _register() -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     from . import depthwise_conv2d as ops
+    from . import group_mix, normalised_branches
     from . import merge_depthwise_kernels as merge_ops
     from .launch import interpreting
 
@@ -78,17 +86,22 @@ def _register() -> bool:
     define = torch.library.custom_op if interpreting() else torch.library.triton_op
     for name, schema in SCHEMAS.items():
         define(f"{NAMESPACE}::{name}", getattr(ops, name), mutates_args=(), schema=schema)
-    # Their kernels take tuples of tensors, which torch.compile cannot trace: opaque to it.
+    # Their kernels take tuples of tensors, which a trace would lose: opaque to torch.compile.
     for name, schema in MERGE_SCHEMAS.items():
         function = getattr(merge_ops, name)
         torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=schema)
-    from . import group_mix
-
+    for name in NORMALISED_BRANCHES:
+        function = getattr(normalised_branches, name)
+        torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=_declared(name))
     for name in GROUP_MIX:
-        declared = getattr(torch.ops.lkconv, name).default._schema
-        schema = str(declared).removeprefix(declared.name)
-        define(f"{NAMESPACE}::{name}", getattr(group_mix, name), mutates_args=(), schema=schema)
+        define(f"{NAMESPACE}::{name}", getattr(group_mix, name), mutates_args=(), schema=_declared(name))
     return True
+
+
+def _declared(name: str) -> str:
+    """The schema of the CPU's op."""
+    schema = getattr(torch.ops.lkconv, name).default._schema
+    return str(schema).removeprefix(schema.name)
 
 
 registered = _register()

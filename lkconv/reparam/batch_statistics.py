@@ -10,7 +10,7 @@ s_b gather_b[G - mean(dy) S - mean(dy y^_b) corr(x, y^_b)]: merging the branches
 gathering, as with frozen statistics, would drop the last two terms.
 
 All convolutions here are depthwise; an identity branch has no weight. What is saved decides time against
-memory. ``keep=True`` keeps every y_b; on the CPU, at stride 1, four native passes then serve all branches
+memory. ``keep=True`` keeps every y_b; at stride 1, four fused passes (CPU, Triton) then serve all branches
 together (:mod:`lkconv.reparam.normalised_branches`), elsewhere they run one after the other. ``keep=False``
 keeps the input alone: the forward takes the statistics of one branch after the other and then runs one merged
 convolution with the batch-statistics scales; the backward computes each y_b again.
@@ -120,7 +120,7 @@ class BatchStatisticsSum(torch.autograd.Function):
         how = _arrangement(input, weights, spec)
         if how is not None:
             kept, means, variances = normalised_branches.outputs(input, weights, spec.geometries, how)
-            outputs, count = [kept.outputs, *kept.given], kept.values_per_channel
+            outputs, count = [kept.outputs, *kept.given], how.values_per_channel
         else:
             outputs, means, variances, count = _outputs(input, weights, spec)
         if count * (dist.get_world_size(spec.group) if spec.synchronise else 1) < 2:
@@ -169,7 +169,7 @@ class BatchStatisticsSum(torch.autograd.Function):
 def _arrangement(
     input: Tensor, weights: Sequence[Tensor | None], spec: SumSpec
 ) -> normalised_branches.Arrangement | None:
-    """How the native kernels run the sum, or None where one branch runs after the other."""
+    """How the fused kernels run the sum, or None where one branch runs after the other."""
     channels = next((w.shape[0] for w in weights if w is not None), 0)
     return normalised_branches.arrange(input, spec.geometries, channels) if spec.keep else None
 
@@ -193,7 +193,7 @@ def _outputs(
 
 
 def _gradients_in_place(input, weights, gammas, betas, kept, means, inverse, ctx, grad):
-    """The full gradient by the native kernels, from what the forward pass kept."""
+    """The full gradient by the fused kernels, from what the forward pass kept."""
     spec, how, count = ctx.spec, ctx.how, ctx.count
     total, dot = normalised_branches.dots(grad, input, kept, how, means)
     dgamma, dbeta = dot * inverse, total

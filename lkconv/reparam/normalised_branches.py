@@ -5,22 +5,25 @@
     dots       sum of grad_output, and of grad_output (y_b - mean_b)
     backward   gradients of the input and of all kernels, from one read of grad_output and of every y_b
 
-CPU, stride 1, one kernel per channel. A branch is a kernel, the input itself, or a tensor given: a large
-kernel that another algorithm convolves faster than the sums in place is convolved by ``lkconv``'s own op and
-joins as a tensor. Branch outputs are kept in blocks of channels, as the kernels read and write them.
+Stride 1, one kernel per channel; on CPUs, and on GPUs in Triton (``lkconv_triton``). A branch is a kernel,
+the input itself, or a tensor given: a large kernel that another algorithm convolves faster than the sums in
+place is convolved by ``lkconv``'s own op and joins as a tensor. Branch outputs are kept as the kernels of a
+namespace read and write them: on CPUs in blocks of channels, in Triton in the input's memory format.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lkconv import _C, backends
-from lkconv._fake import memory_format
+from lkconv._fake import memory_format, output_size, stacked
 from lkconv.reference_merge import fold_dtype
 from lkconv.reparam import convolution
 from lkconv.reparam.geometry import Geometry
@@ -29,32 +32,44 @@ from lkconv.reparam.geometry import Geometry
 @dataclass(frozen=True)
 class Arrangement:
     """Which branch runs how: indices of kernels convolved in place, of the identity (or none), and of
-    kernels convolved apart. The ops number branches in this order."""
+    kernels convolved apart. The ops, those of ``namespace``, number branches in this order."""
 
+    namespace: str
     kernels: tuple[int, ...]
     identity: tuple[int, ...]
     apart: tuple[int, ...]
+    values_per_channel: int
 
     @property
     def order(self) -> tuple[int, ...]:
         return self.kernels + self.identity + self.apart
 
+    @property
+    def ops(self) -> Any:
+        return getattr(torch.ops, self.namespace)
+
 
 def arrange(input: Tensor, geometries: Sequence[Geometry | None], channels: int) -> Arrangement | None:
     """The arrangement of a sum's branches, or None where these ops do not take it."""
-    convolutions = [b for b, g in enumerate(geometries) if g is not None]
-    identity = [b for b, g in enumerate(geometries) if g is None]
-    strided = any(g is not None and g.stride != (1, 1) for g in geometries)
-    cpu = input.device.type == "cpu" and backends.namespace(input.device, input.dtype) == "lkconv"
-    if not cpu or strided or channels != input.shape[1] or len(identity) > 1 or input.dim() != 4:
+    convolutions = [(b, g) for b, g in enumerate(geometries) if g is not None]
+    identity = tuple(b for b, g in enumerate(geometries) if g is None)
+    strided = any(g.stride != (1, 1) for _, g in convolutions)
+    namespace = backends.namespace(input.device, input.dtype, "normalised_branches")
+    if namespace is None or strided or channels != input.shape[1] or len(identity) > 1 or input.dim() != 4:
         return None
-    apart = tuple(b for b in convolutions if not _in_place(input, geometries[b]))
-    kernels = tuple(b for b in convolutions if b not in apart)
-    return Arrangement(kernels, tuple(identity), apart) if kernels else None
+    apart = tuple(b for b, g in convolutions if not _in_place(namespace, input, g))
+    kernels = tuple(b for b, _ in convolutions if b not in apart)
+    if not kernels:
+        return None
+    g = convolutions[0][1]
+    height, width = output_size(input.shape[2:], g.kernel_size, g.stride, g.padding, g.dilation)
+    return Arrangement(namespace, kernels, identity, apart, input.shape[0] * height * width)
 
 
-def _in_place(input: Tensor, geometry: Geometry | None) -> bool:
-    assert geometry is not None
+def _in_place(namespace: str, input: Tensor, geometry: Geometry) -> bool:
+    if namespace != "lkconv":
+        planner = importlib.import_module("lkconv.triton_kernels.normalised_branches_planner")
+        return planner.in_place(geometry.kernel_size)
     channels_last = not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last)
     return _cheaper_in_place(
         tuple(input.shape),
@@ -80,11 +95,6 @@ class Kept:
     outputs: Tensor
     given: list[Tensor]
 
-    @property
-    def values_per_channel(self) -> int:
-        _, n, _, h, w, _ = self.outputs.shape
-        return n * h * w
-
 
 def outputs(
     input: Tensor, weights: Sequence[Tensor | None], geometries: Sequence[Geometry | None], how: Arrangement
@@ -92,7 +102,7 @@ def outputs(
     """All branches, and their means and biased variances (B, C) in float32 or float64."""
     given = [_forward(input, weights[b], geometries[b]) for b in how.apart]
     kernels = [weights[b] for b in how.kernels]
-    found = torch.ops.lkconv.normalised_branches(
+    found = how.ops.normalised_branches(
         input, kernels, given, *_flat(geometries, how.kernels), bool(how.identity)
     )
     return Kept(found[0], given), _from_ops(found[1], how), _from_ops(found[2], how)
@@ -100,14 +110,14 @@ def outputs(
 
 def normalised_sum(input: Tensor, kept: Kept, how: Arrangement, scales: Tensor, shift: Tensor) -> Tensor:
     """``sum_b scales[b] y_b + shift``, (N, C, H', W')."""
-    return torch.ops.lkconv.normalised_branches_sum(
+    return how.ops.normalised_branches_sum(
         input, kept.outputs, kept.given, bool(how.identity), _to_ops(scales, how), shift
     )
 
 
 def dots(grad: Tensor, input: Tensor, kept: Kept, how: Arrangement, means: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of grad (C,) and of grad (y_b - means[b]) (B, C)."""
-    total, found = torch.ops.lkconv.normalised_branches_dots(
+    total, found = how.ops.normalised_branches_dots(
         grad, input, kept.outputs, kept.given, bool(how.identity), _to_ops(means, how)
     )
     return total, _from_ops(found, how)
@@ -124,7 +134,7 @@ def backward(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Gradients of the input and of every weight, where the gradient at y_b is a[b] grad + b[b] y_b + c[b]
     for the three (B, C) ``coefficients``."""
-    grad_input, in_place, apart = torch.ops.lkconv.normalised_branches_backward(
+    grad_input, in_place, apart = how.ops.normalised_branches_backward(
         grad,
         input,
         kept.outputs,
@@ -179,15 +189,26 @@ def _from_ops(rows: Tensor, how: Arrangement) -> Tensor:
 
 
 def _fake_outputs(input, weights, given, padding, dilation, identity):
+    size = _output_size(input, weights, padding, dilation)
     lanes = _lanes(input)
-    n, c, h, w = input.shape
-    size = weights[0].shape[2:]
-    out = [
-        s + 2 * p - d * (k - 1) for s, p, d, k in zip((h, w), padding[:2], dilation[:2], size, strict=True)
-    ]
-    saved = input.new_empty((len(weights), n, -(-c // lanes), *out, lanes))
-    statistics = input.new_empty((len(weights) + identity + len(given), c), dtype=fold_dtype(input))
-    return saved, statistics, torch.empty_like(statistics)
+    n, c = input.shape[:2]
+    saved = input.new_empty((len(weights), n, -(-c // lanes), *size, lanes))
+    return saved, *_fake_statistics(input, weights, given, identity)
+
+
+def _fake_triton_outputs(input, weights, given, padding, dilation, identity):
+    saved = stacked(input, len(weights), *_output_size(input, weights, padding, dilation))
+    return saved, *_fake_statistics(input, weights, given, identity)
+
+
+def _output_size(input, weights, padding, dilation):
+    return output_size(input.shape[2:], weights[0].shape[2:], (1, 1), padding[:2], dilation[:2])
+
+
+def _fake_statistics(input, weights, given, identity):
+    size = (len(weights) + identity + len(given), input.shape[1])
+    means = input.new_empty(size, dtype=fold_dtype(input))
+    return means, torch.empty_like(means)
 
 
 def _lanes(input: Tensor) -> int:
@@ -205,17 +226,37 @@ def _fake_dots(grad_output, input, outputs, given, identity, means):
 
 
 def _fake_backward(grad_output, input, outputs, weights, given, *rest):
+    return _fake_gradients(input, weights, given, [memory_format(t) for t in given])
+
+
+def _fake_triton_backward(grad_output, input, outputs, weights, given, *rest):
+    return _fake_gradients(input, weights, given, [memory_format(input)] * len(given))
+
+
+def _fake_gradients(input, weights, given, formats):
     return (
         torch.empty_like(input, memory_format=memory_format(input)),
         [w.new_empty(w.shape) for w in weights],
-        [torch.empty_like(t, memory_format=memory_format(t)) for t in given],
+        [torch.empty_like(t, memory_format=f) for t, f in zip(given, formats, strict=True)],
     )
 
 
-for _name, _fake in (
-    ("normalised_branches", _fake_outputs),
-    ("normalised_branches_sum", _fake_sum),
-    ("normalised_branches_dots", _fake_dots),
-    ("normalised_branches_backward", _fake_backward),
-):
-    torch.library.register_fake(f"lkconv::{_name}", _fake)
+_registered: set[str] = set()
+
+
+def register_hooks(namespace: str) -> None:
+    """Fake kernels of the ops of ``namespace``; a second call does nothing."""
+    if namespace in _registered:
+        return
+    _registered.add(namespace)
+    native = namespace == "lkconv"
+    for name, fake in (
+        ("normalised_branches", _fake_outputs if native else _fake_triton_outputs),
+        ("normalised_branches_sum", _fake_sum),
+        ("normalised_branches_dots", _fake_dots),
+        ("normalised_branches_backward", _fake_backward if native else _fake_triton_backward),
+    ):
+        torch.library.register_fake(f"{namespace}::{name}", fake, allow_override=True)
+
+
+register_hooks("lkconv")
