@@ -10,13 +10,6 @@
 
 namespace lkconv {
 
-using Tensors = std::vector<Tensor>;
-
-inline Tensor empty_contiguous(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype,
-                              std::nullopt, like.device());
-}
-
 inline ChannelVector channel_vector(const Tensor& t, int64_t channels, bool writable) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels,
                   "lkconv: scales and biases must have one element per output channel");

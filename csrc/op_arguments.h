@@ -22,6 +22,7 @@ namespace lkconv {
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
 
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -36,6 +37,11 @@ inline DType dtype_of(const Tensor& t) {
     default:
       STD_TORCH_CHECK(false, "lkconv: dtype must be float64, float32, float16 or bfloat16");
   }
+}
+
+// What sums of t's elements are kept in.
+inline ScalarType accumulation_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 inline TensorView view_of(const Tensor& t, bool writable) {
@@ -72,6 +78,11 @@ inline Tensor empty_like_format(std::initializer_list<int64_t> size, const Tenso
   std::vector<int64_t> sizes(size);
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()),
                               like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+}
+
+inline Tensor empty_contiguous(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype,
+                              std::nullopt, like.device());
 }
 
 inline ConvParams params_of(int64_t batch, int64_t channels, int64_t height, int64_t width,

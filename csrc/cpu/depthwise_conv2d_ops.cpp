@@ -3,18 +3,11 @@
 #include <optional>
 #include <vector>
 
-#include "../op_arguments.h"
 #include "depthwise_conv2d.h"
+#include "op_support.h"
 
 namespace lkconv::cpu {
 namespace {
-
-void parallel(int64_t tasks, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-  if (tasks <= grain) return body(0, tasks);
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t a, int64_t b) { body(a, b); });
-}
-
-Machine machine() { return machine_for(active_isa(), torch::stable::get_num_threads()); }
 
 // PyTorch's own convolution, for the shapes where the planner finds it faster.
 Tensor aten_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,

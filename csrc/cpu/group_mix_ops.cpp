@@ -1,29 +1,13 @@
 // Binds the Group-Mix kernels to torch tensors through the stable ABI. Arguments were validated in Python;
 // the checks here guard memory safety alone.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <tuple>
 
-#include "../op_arguments.h"
 #include "group_mix_launch.h"
 #include "half.h"
+#include "op_support.h"
 
 namespace lkconv::cpu {
 namespace {
-
-using Tensors = std::vector<Tensor>;
-
-Tensor make(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype,
-                              std::nullopt, like.device());
-}
-
-ScalarType accumulation(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 Workers workers() {
   return {int64_t(torch::stable::get_num_threads()),
@@ -151,8 +135,8 @@ std::tuple<Tensor, Tensor> op_aggregate(const Tensor& qkv, int64_t height, int64
   const TokenShape s = shape_of(qkv, height, width, kParts * kKinds, 3);
   const int64_t d = s.segment;
   const Tensor z = torch::stable::contiguous(qkv);
-  Tensor mixed = make({kParts, s.batch, s.tokens(), kMixed * d}, qkv.scalar_type(), qkv);
-  Tensor local = make({s.batch, s.tokens(), d}, qkv.scalar_type(), qkv);
+  Tensor mixed = empty_contiguous({kParts, s.batch, s.tokens(), kMixed * d}, qkv.scalar_type(), qkv);
+  Tensor local = empty_contiguous({s.batch, s.tokens(), d}, qkv.scalar_type(), qkv);
   if (mixed.numel() == 0) return {mixed, local};
   with_accumulation(qkv, [&](auto zero) {
     using T = decltype(zero);
@@ -179,10 +163,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> op_mix(const Tensor& qkv, int
   const TokenShape s = shape_of(qkv, height, width, kParts * kKinds, 3);
   const int64_t d = s.segment;
   const Tensor z = torch::stable::contiguous(qkv);
-  Tensor premix = make({kParts, s.batch, s.tokens(), (kMixed - 1) * d}, qkv.scalar_type(), qkv);
-  Tensor prelocal = make({s.batch, s.tokens(), d}, qkv.scalar_type(), qkv);
-  Tensor local = make({s.batch, s.tokens(), d}, qkv.scalar_type(), qkv);
-  Tensor mean = make({kMixed, d}, accumulation(qkv), qkv), var = make({kMixed, d}, accumulation(qkv), qkv);
+  Tensor premix = empty_contiguous({kParts, s.batch, s.tokens(), (kMixed - 1) * d}, qkv.scalar_type(), qkv);
+  Tensor prelocal = empty_contiguous({s.batch, s.tokens(), d}, qkv.scalar_type(), qkv);
+  Tensor local = empty_contiguous({s.batch, s.tokens(), d}, qkv.scalar_type(), qkv);
+  Tensor mean = empty_contiguous({kMixed, d}, accumulation_type(qkv), qkv),
+         var = empty_contiguous({kMixed, d}, accumulation_type(qkv), qkv);
   with_accumulation(qkv, [&](auto zero) {
     using T = decltype(zero);
     AggregateWeights<T> w{};
@@ -203,7 +188,7 @@ Tensor op_normalize(const Tensor& qkv, const Tensor& premix, const Tensors& norm
   const int64_t d = s.segment;
   const Tensor z = torch::stable::contiguous(qkv);
   const Tensor u = checked(premix, {kParts, s.batch, s.tokens(), (kMixed - 1) * d}, dtype_of(qkv), "premix");
-  Tensor mixed = make({kParts, s.batch, s.tokens(), kMixed * d}, qkv.scalar_type(), qkv);
+  Tensor mixed = empty_contiguous({kParts, s.batch, s.tokens(), kMixed * d}, qkv.scalar_type(), qkv);
   if (mixed.numel() == 0) return mixed;
   with_accumulation(qkv, [&](auto zero) {
     using T = decltype(zero);
@@ -226,7 +211,7 @@ Tensor op_backward_reduce(const Tensor& grad_mixed, const Tensor& qkv, const Ten
   const Tensor u = checked(premix, {kParts, s.batch, s.tokens(), (kMixed - 1) * d}, dtype_of(qkv), "premix");
   const Tensor g =
       checked(grad_mixed, {kParts, s.batch, s.tokens(), kMixed * d}, dtype_of(qkv), "grad_mixed");
-  Tensor sums = make({2, kMixed, d}, ScalarType::Double, qkv);
+  Tensor sums = empty_contiguous({2, kMixed, d}, ScalarType::Double, qkv);
   with_accumulation(qkv, [&](auto zero) {
     using T = decltype(zero);
     AggregateWeights<T> w{};
@@ -264,8 +249,8 @@ std::tuple<Tensor, Tensor> op_backward(const Tensor& grad_mixed, const Tensor& g
                       grad_local.size(2) == d && grad_local.size(1) == n && dtype_of(grad_local) == dtype,
                   "lkconv: grad_local has the wrong shape, dtype or device");
   const Tensor gl = dense_tokens(grad_local);
-  Tensor grad_qkv = make({s.batch, n, kParts * kKinds * d}, qkv.scalar_type(), qkv);
-  Tensor grads = make({d * (9 + 25 + 49 + 27) + 6 * d * d + 2 * d}, accumulation(qkv), qkv);
+  Tensor grad_qkv = empty_contiguous({s.batch, n, kParts * kKinds * d}, qkv.scalar_type(), qkv);
+  Tensor grads = empty_contiguous({d * (9 + 25 + 49 + 27) + 6 * d * d + 2 * d}, accumulation_type(qkv), qkv);
   with_accumulation(qkv, [&](auto zero) {
     using T = decltype(zero);
     AggregateWeights<T> w{};
@@ -303,9 +288,9 @@ std::tuple<Tensor, Tensor, Tensor> op_attention(const Tensor& mixed, const Tenso
   const int64_t d = s.segment, n = s.tokens();
   const Tensor m = checked(mixed, {kParts, s.batch, n, kMixed * d}, dtype_of(mixed), "mixed");
   const Tensor l = checked(local, {s.batch, n, d}, dtype_of(mixed), "local");
-  Tensor out = make({s.batch, n, kKinds * d}, mixed.scalar_type(), mixed);
-  Tensor log_sum = make({s.batch, kMixed * d}, accumulation(mixed), mixed);
-  Tensor context = make({s.batch, kHeads, s.head(), s.head()}, accumulation(mixed), mixed);
+  Tensor out = empty_contiguous({s.batch, n, kKinds * d}, mixed.scalar_type(), mixed);
+  Tensor log_sum = empty_contiguous({s.batch, kMixed * d}, accumulation_type(mixed), mixed);
+  Tensor context = empty_contiguous({s.batch, kHeads, s.head(), s.head()}, accumulation_type(mixed), mixed);
   if (out.numel() == 0) return {out, log_sum, context};
   with_accumulation(mixed, [&](auto zero) {
     using T = decltype(zero);
@@ -329,8 +314,9 @@ std::tuple<Tensor, Tensor> op_attention_backward(const Tensor& grad_out, const T
   const Tensor g = checked(grad_out, {s.batch, n, kKinds * d}, dtype_of(mixed), "grad_out");
   const Tensor sum = checked(log_sum, {s.batch, kMixed * d}, wide, "log_sum");
   const Tensor c = checked(context, {s.batch, kHeads, head, head}, wide, "context");
-  Tensor grad_mixed = make({kParts, s.batch, n, kMixed * d}, mixed.scalar_type(), mixed);
-  Tensor grads = make({head * (2 * 9 + 3 * 25 + 3 * 49 + kHeads)}, accumulation(mixed), mixed);
+  Tensor grad_mixed = empty_contiguous({kParts, s.batch, n, kMixed * d}, mixed.scalar_type(), mixed);
+  Tensor grads =
+      empty_contiguous({head * (2 * 9 + 3 * 25 + 3 * 49 + kHeads)}, accumulation_type(mixed), mixed);
   with_accumulation(mixed, [&](auto zero) {
     using T = decltype(zero);
     Parameters<T> held;

@@ -51,7 +51,7 @@ struct Kernels {
   // Over a range of planes, or of pixels where the layout is channels_last.
   void (*scaled_sum_f32)(const ScaledSumProblem&, int64_t first, int64_t last);
   void (*scaled_sum_f64)(const ScaledSumProblem&, int64_t first, int64_t last);
-  // A sum of normalised branches and its gradients: see normalised_branches_kernels.h for tasks.
+  // A sum of normalised branches and its gradients: see branch_outputs.h and branch_gradients.h for tasks.
   void (*branches_outputs_f32)(const NormalisedBranchesProblem&, const NormalisedBranchesPlan&, int64_t task0,
                                int64_t task1);
   void (*branches_outputs_f64)(const NormalisedBranchesProblem&, const NormalisedBranchesPlan&, int64_t task0,

@@ -10,7 +10,9 @@
 #include "fft_conv.h"
 #include "merge.h"
 #include "scaled_sum.h"
-#include "normalised_branches_kernels.h"
+#include "branch_tiles.h"
+#include "branch_outputs.h"
+#include "branch_gradients.h"
 
 namespace lkconv::cpu::LKCONV_ISA {
 

@@ -1,14 +1,10 @@
 // Binds the fold of branch kernels to torch tensors through the stable ABI.
 #include "../merge_arguments.h"
 #include "merge_depthwise_kernels.h"
+#include "op_support.h"
 
 namespace lkconv::cpu {
 namespace {
-
-void parallel(int64_t tasks, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-  if (tasks <= grain) return body(0, tasks);
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t a, int64_t b) { body(a, b); });
-}
 
 std::tuple<Tensor, Tensor> op_merge(const Tensors& weights, const Tensors& scales, const Tensors& biases,
                                     const std::vector<int64_t>& kernel_size,

@@ -88,17 +88,11 @@ void run_tiles(const NormalisedBranchesProblem& p, const NormalisedBranchesPlan&
            [&](int64_t a, int64_t b) { kernel(p, plan, a, b); });
 }
 
-int64_t scratch_of_backward(const NormalisedBranchesProblem& p, const NormalisedBranchesPlan& plan,
-                            int64_t tile_h) {
-  const auto row = [&](const Reach& r, int64_t width, int64_t image) {
-    return r.before_w + std::max(width + r.after_w, image);
-  };
-  const int64_t input_rows = std::min(p.height, tile_h + plan.input.before_h + plan.input.after_h),
-                gradient_rows =
-                    std::min(p.out_height, tile_h + plan.gradient.before_h + plan.gradient.after_h);
-  const int64_t vectors = input_rows * row(plan.input, p.out_width, 0) +
-                          gradient_rows * row(plan.gradient, p.width, p.out_width) +
-                          gradient_rows * p.out_width * (1 + p.given_count) + tile_h * p.width +
+// What a backward task works on, of which its thread's cache should hold most.
+int64_t backward_bytes(const NormalisedBranchesProblem& p, const NormalisedBranchesPlan& plan) {
+  const WindowSize input = plan.input_window(p), gradient = plan.gradient_window(p);
+  const int64_t vectors = input.rows * input.columns + gradient.rows * gradient.columns +
+                          gradient.rows * p.out_width * (1 + p.given_count) + plan.tile_h * p.width +
                           2 * p.taps() + p.width + p.out_width;
   return vectors * plan.lanes * element(p);
 }
@@ -113,13 +107,10 @@ NormalisedBranchesPlan plan_normalised_branches(const NormalisedBranchesProblem&
     plan.gradient.include(p.kernels[b].backward);
   }
   const int64_t rows = std::max<int64_t>(1, std::max(p.height, p.out_height));
-  int64_t parts = 1;
-  while (ceil_div(rows, parts) > kLeastTileRows &&
-         scratch_of_backward(p, plan, ceil_div(rows, parts)) > kTileBytes)
-    ++parts;
-  plan.tile_h = ceil_div(rows, parts);
+  plan.tile_h = rows;
+  for (int64_t parts = 2; plan.tile_h > kLeastTileRows && backward_bytes(p, plan) > kTileBytes; ++parts)
+    plan.tile_h = ceil_div(rows, parts);
   plan.images = std::max<int64_t>(1, p.batch * plan.groups(p) / kGradientTasks);
-  plan.scratch_bytes = scratch_of_backward(p, plan, plan.tile_h);
   return plan;
 }
 

@@ -2,25 +2,11 @@
 // arguments in Python; the checks here guard memory safety alone.
 #include <tuple>
 
-#include "../op_arguments.h"
 #include "normalised_branches.h"
+#include "op_support.h"
 
 namespace lkconv::cpu {
 namespace {
-
-using Tensors = std::vector<Tensor>;
-
-void parallel(int64_t tasks, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-  if (tasks <= grain) return body(0, tasks);
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t a, int64_t b) { body(a, b); });
-}
-
-Machine machine() { return machine_for(active_isa(), torch::stable::get_num_threads()); }
-
-Tensor empty_of(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype,
-                              std::nullopt, like.device());
-}
 
 void check_sizes(const Tensor& t, std::initializer_list<int64_t> sizes, const char* what) {
   bool same = t.is_cpu() && t.dim() == int64_t(sizes.size());
@@ -46,7 +32,7 @@ class Call {
       STD_TORCH_CHECK(given_.back().dtype == p_.dtype, "lkconv: all branches must have input's dtype");
     }
     p_.identity = identity;
-    given_sizes_ = &given;
+    given_tensors_ = &given;
   }
 
   // Branches that are kernels, by their weights.
@@ -65,8 +51,10 @@ class Call {
       BranchKernel k{};
       k.weight = weight_view_of(w, false);
       k.forward = forward_problem(c);
-      if (p_.height > 0 && p_.width > 0)
-        k.backward = backward_input_phases(c, p_.input, k.weight, p_.input).at(0);
+      if (p_.height > 0 && p_.width > 0) {
+        const ForwardProblem backward = backward_input_phases(c, p_.input, k.weight, p_.input).at(0);
+        k.backward = backward, k.flipped = backward.weight;
+      }
       kernels_.push_back(k);
       p_.out_height = c.out_height, p_.out_width = c.out_width;
     }
@@ -96,7 +84,7 @@ class Call {
   void check_given() const {
     STD_TORCH_CHECK(!p_.identity || (p_.out_height == p_.height && p_.out_width == p_.width),
                     "lkconv: the identity needs an output of input's size");
-    for (const Tensor& t : *given_sizes_) check_output_like(t, "a branch");
+    for (const Tensor& t : *given_tensors_) check_output_like(t, "a branch");
     STD_TORCH_CHECK(p_.kernel_count > 0, "lkconv: expected at least one branch with a kernel");
   }
   void check_output_like(const Tensor& t, const char* what) const {
@@ -113,7 +101,7 @@ class Call {
   }
 
   int64_t lanes_of(const Machine& m) const { return p_.dtype == DType::f64 ? m.lanes_f64 : m.lanes_f32; }
-  ScalarType wide() const { return p_.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+  ScalarType wide() const { return accumulation_type(input_); }
   int64_t branches() const { return p_.kernel_count + int64_t(given_.size()); }
   std::vector<BranchKernel>& kernels() { return kernels_; }
 
@@ -125,7 +113,7 @@ class Call {
 
  private:
   Tensor input_;
-  const Tensors* given_sizes_;
+  const Tensors* given_tensors_;
   NormalisedBranchesProblem p_{};
   std::vector<BranchKernel> kernels_;
   std::vector<TensorView> given_;
@@ -140,13 +128,13 @@ std::tuple<Tensor, Tensor, Tensor> op_outputs(const Tensor& input, const Tensors
   const NormalisedBranchesProblem& sizes = call.problem();
   const Machine m = machine();
   const int64_t lanes = call.lanes_of(m);
-  const Tensor saved = empty_of({sizes.kernel_count, sizes.batch, ceil_div(sizes.channels, lanes),
-                                 sizes.out_height, sizes.out_width, lanes},
-                                input.scalar_type(), input);
+  const Tensor saved = empty_contiguous({sizes.kernel_count, sizes.batch, ceil_div(sizes.channels, lanes),
+                                         sizes.out_height, sizes.out_width, lanes},
+                                        input.scalar_type(), input);
   call.set_saved(saved, true);
   call.check_given();
-  const Tensor means = empty_of({call.branches(), sizes.channels}, call.wide(), input),
-               variances = empty_of({call.branches(), sizes.channels}, call.wide(), input);
+  const Tensor means = empty_contiguous({call.branches(), sizes.channels}, call.wide(), input),
+               variances = empty_contiguous({call.branches(), sizes.channels}, call.wide(), input);
   normalised_branches_outputs(call.problem(), m, means.mutable_data_ptr(), variances.mutable_data_ptr(),
                               parallel);
   return {saved, means, variances};
@@ -175,8 +163,8 @@ std::tuple<Tensor, Tensor> op_dots(const Tensor& grad_output, const Tensor& inpu
   NormalisedBranchesProblem& p = call.problem();
   p.grad_output = view_of(grad_output, false);
   p.constant = call.factors(means, call.branches());
-  const Tensor total = empty_of({p.channels}, call.wide(), input),
-               dots = empty_of({call.branches(), p.channels}, call.wide(), input);
+  const Tensor total = empty_contiguous({p.channels}, call.wide(), input),
+               dots = empty_contiguous({call.branches(), p.channels}, call.wide(), input);
   normalised_branches_dots(p, machine(), total.mutable_data_ptr(), dots.mutable_data_ptr(), parallel);
   return {total, dots};
 }
@@ -196,7 +184,7 @@ std::tuple<Tensor, Tensors, Tensors> op_backward(const Tensor& grad_output, cons
   std::vector<TensorView> grad_views;
   for (size_t b = 0; b < weights.size(); ++b) {
     const Tensor& w = weights[b];
-    grad_weights.push_back(empty_of({w.size(0), 1, w.size(2), w.size(3)}, w.scalar_type(), w));
+    grad_weights.push_back(empty_contiguous({w.size(0), 1, w.size(2), w.size(3)}, w.scalar_type(), w));
     call.kernels()[b].grad_weight = weight_view_of(grad_weights.back(), true);
   }
   NormalisedBranchesProblem& p = call.problem();

@@ -15,10 +15,12 @@ namespace lkconv::cpu {
 
 constexpr int64_t kMoments = 3;  // numbers that describe one channel of a tile: a mean, and how far it is off
 
-// One convolution. `backward` is the forward problem, over a flipped kernel, that backward_input is.
+// One convolution. `backward` is the forward problem, over the flipped kernel, that backward_input is.
 struct BranchKernel {
   Geometry forward, backward;
-  TensorView weight, grad_weight;
+  TensorView weight, flipped, grad_weight;
+
+  int64_t taps() const { return forward.kernel_h * forward.kernel_w; }
 };
 
 struct NormalisedBranchesProblem {
@@ -41,8 +43,7 @@ struct NormalisedBranchesProblem {
   int64_t branches() const { return kernel_count + given_count; }
   int64_t taps() const {
     int64_t sum = 0;
-    for (int64_t b = 0; kernels && b < kernel_count; ++b)
-      sum += kernels[b].forward.kernel_h * kernels[b].forward.kernel_w;
+    for (int64_t b = 0; kernels && b < kernel_count; ++b) sum += kernels[b].taps();
     return sum;
   }
 };
@@ -59,12 +60,15 @@ struct Reach {
   }
 };
 
+struct WindowSize {
+  int64_t rows, columns;
+};
+
 struct NormalisedBranchesPlan {
   int64_t lanes = 1;
-  int64_t tile_h = 1;         // rows at a time
-  int64_t images = 1;         // images whose kernel gradients are added up by one task
-  int64_t scratch_bytes = 0;  // per thread, of the backward pass
-  Reach input, gradient;      // of windows of the input and of a branch's gradient
+  int64_t tile_h = 1;     // rows at a time
+  int64_t images = 1;     // images whose kernel gradients are added up by one task
+  Reach input, gradient;  // of windows of the input and of a branch's gradient
 
   int64_t groups(const NormalisedBranchesProblem& p) const { return ceil_div(p.channels, lanes); }
   // Rows are counted over both images, of which one may be higher than the other.
@@ -72,6 +76,17 @@ struct NormalisedBranchesPlan {
     return ceil_div(std::max(p.height, p.out_height), tile_h);
   }
   int64_t splits(const NormalisedBranchesProblem& p) const { return ceil_div(p.batch, images); }
+
+  // What a tile needs of the input, for its rows of the branches.
+  WindowSize input_window(const NormalisedBranchesProblem& p) const {
+    return {std::min(p.height, tile_h + input.before_h + input.after_h),
+            input.before_w + p.out_width + input.after_w};
+  }
+  // What it needs of a branch's gradient, for its rows of grad_input and as rows of the branch.
+  WindowSize gradient_window(const NormalisedBranchesProblem& p) const {
+    return {std::min(p.out_height, tile_h + gradient.before_h + gradient.after_h),
+            gradient.before_w + std::max(p.width + gradient.after_w, p.out_width)};
+  }
 };
 
 }  // namespace lkconv::cpu

@@ -1,17 +1,10 @@
 // Binds lkconv::scaled_channel_sum to torch tensors through the stable ABI.
-#include "../op_arguments.h"
 #include "kernels.h"
 #include "scaled_channel_sum.h"
+#include "op_support.h"
 
 namespace lkconv::cpu {
 namespace {
-
-using Tensors = std::vector<Tensor>;
-
-void parallel(int64_t tasks, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-  if (tasks <= grain) return body(0, tasks);
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t a, int64_t b) { body(a, b); });
-}
 
 // The inputs in the output's layout; they are kept alive, and only copied where they are not in it already.
 Tensors in_format(const Tensors& inputs, MemoryFormat format) {

@@ -10,18 +10,7 @@
 namespace lkconv::cuda {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-
 constexpr int64_t kMostSegment = 496;
-
-Tensor make(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype,
-                              std::nullopt, like.device());
-}
-
-ScalarType wide_of(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 // (batch, H, W, d) of tokens whose last dimension has `multiple` segments.
 TokenSizes sizes_of(const Tensor& tokens, int64_t height, int64_t width, int64_t multiple, int64_t dim) {
@@ -113,8 +102,8 @@ std::tuple<Tensor, Tensor> op_aggregate(const Tensor& qkv, int64_t height, int64
   add_norms(a, c, norm_weight, norm_bias, eps);
   a.parameters(c.norm_mean, norm_mean, {d, d, d, d});
   a.parameters(c.norm_var, norm_var, {d, d, d, d});
-  Tensor mixed = make({3, s.batch, s.tokens(), 4 * d}, qkv.scalar_type(), qkv);
-  Tensor local = make({s.batch, s.tokens(), d}, qkv.scalar_type(), qkv);
+  Tensor mixed = empty_contiguous({3, s.batch, s.tokens(), 4 * d}, qkv.scalar_type(), qkv);
+  Tensor local = empty_contiguous({s.batch, s.tokens(), d}, qkv.scalar_type(), qkv);
   c.mixed = mixed.mutable_data_ptr(), c.local = local.mutable_data_ptr();
   run_aggregate(e, c);
   return {mixed, local};
@@ -131,10 +120,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> op_mix(const Tensor& qkv, int
   const int64_t d = s.segment;
   AggregateCall c = aggregate_call(a, s, qkv);
   add_mixing(a, c, depthwise, pointwise, layer_norm_weight, layer_norm_bias, layer_norm_eps);
-  Tensor premix = make({3, s.batch, s.tokens(), 3 * d}, qkv.scalar_type(), qkv);
-  Tensor prelocal = make({s.batch, s.tokens(), d}, qkv.scalar_type(), qkv);
-  Tensor local = make({s.batch, s.tokens(), d}, qkv.scalar_type(), qkv);
-  Tensor mean = make({4, d}, wide_of(qkv), qkv), var = make({4, d}, wide_of(qkv), qkv);
+  Tensor premix = empty_contiguous({3, s.batch, s.tokens(), 3 * d}, qkv.scalar_type(), qkv);
+  Tensor prelocal = empty_contiguous({s.batch, s.tokens(), d}, qkv.scalar_type(), qkv);
+  Tensor local = empty_contiguous({s.batch, s.tokens(), d}, qkv.scalar_type(), qkv);
+  Tensor mean = empty_contiguous({4, d}, accumulation_type(qkv), qkv),
+         var = empty_contiguous({4, d}, accumulation_type(qkv), qkv);
   c.premix = premix.mutable_data_ptr(), c.prelocal = prelocal.mutable_data_ptr();
   c.local = local.mutable_data_ptr();
   c.mean = mean.mutable_data_ptr(), c.var = var.mutable_data_ptr();
@@ -159,7 +149,7 @@ Tensor op_normalize(const Tensor& qkv, const Tensor& premix, const Tensors& norm
   StreamExecutor e(qkv);
   Arguments a(qkv);
   AggregateCall c = normalized_call(a, s, qkv, premix, norm_weight, norm_bias, mean, var, eps);
-  Tensor mixed = make({3, s.batch, s.tokens(), 4 * s.segment}, qkv.scalar_type(), qkv);
+  Tensor mixed = empty_contiguous({3, s.batch, s.tokens(), 4 * s.segment}, qkv.scalar_type(), qkv);
   c.mixed = mixed.mutable_data_ptr();
   run_normalize(e, c);
   return mixed;
@@ -173,7 +163,7 @@ Tensor op_backward_reduce(const Tensor& grad_mixed, const Tensor& qkv, const Ten
   Arguments a(qkv);
   AggregateCall c = normalized_call(a, s, qkv, premix, norm_weight, norm_bias, mean, var, eps);
   c.grad_mixed = a.tokens(grad_mixed, {3, s.batch, s.tokens(), 4 * s.segment}, c.dtype, "grad_mixed");
-  Tensor sums = make({2, 4, s.segment}, ScalarType::Double, qkv);
+  Tensor sums = empty_contiguous({2, 4, s.segment}, ScalarType::Double, qkv);
   c.sums = sums.mutable_data_ptr();
   run_backward_reduce(e, c);
   return sums;
@@ -201,8 +191,8 @@ std::tuple<Tensor, Tensor> op_backward(const Tensor& grad_mixed, const Tensor& g
   c.grad_local = local.const_data_ptr(), c.local_stride = local.stride(1);
   if (sums) c.sums = const_cast<void*>(a.tokens(*sums, {2, 4, d}, DType::f64, "sums"));
   c.count = count;
-  Tensor grad_qkv = make({s.batch, n, 15 * d}, qkv.scalar_type(), qkv);
-  Tensor grads = make({d * (9 + 25 + 49 + 27) + 6 * d * d + 2 * d}, wide_of(qkv), qkv);
+  Tensor grad_qkv = empty_contiguous({s.batch, n, 15 * d}, qkv.scalar_type(), qkv);
+  Tensor grads = empty_contiguous({d * (9 + 25 + 49 + 27) + 6 * d * d + 2 * d}, accumulation_type(qkv), qkv);
   c.grad_qkv = grad_qkv.mutable_data_ptr(), c.grads = grads.mutable_data_ptr();
   run_backward(e, c);
   return {grad_qkv, grads};
@@ -229,9 +219,9 @@ std::tuple<Tensor, Tensor, Tensor> op_attention(const Tensor& mixed, const Tenso
   const int64_t d = s.segment, n = s.tokens();
   AttentionCall c = attention_call(a, s, mixed, weight, bias, scale);
   c.local = a.tokens(local, {s.batch, n, d}, c.dtype, "local");
-  Tensor out = make({s.batch, n, 5 * d}, mixed.scalar_type(), mixed);
-  Tensor log_sum = make({s.batch, 4 * d}, wide_of(mixed), mixed);
-  Tensor context = make({s.batch, 8, d / 2, d / 2}, wide_of(mixed), mixed);
+  Tensor out = empty_contiguous({s.batch, n, 5 * d}, mixed.scalar_type(), mixed);
+  Tensor log_sum = empty_contiguous({s.batch, 4 * d}, accumulation_type(mixed), mixed);
+  Tensor context = empty_contiguous({s.batch, 8, d / 2, d / 2}, accumulation_type(mixed), mixed);
   c.out = out.mutable_data_ptr(), c.log_sum = log_sum.mutable_data_ptr();
   c.context = context.mutable_data_ptr();
   run_attention(e, c);
@@ -250,8 +240,8 @@ std::tuple<Tensor, Tensor> op_attention_backward(const Tensor& grad_out, const T
   c.grad_out = a.tokens(grad_out, {s.batch, n, 5 * d}, c.dtype, "grad_out");
   c.log_sum = const_cast<void*>(a.tokens(log_sum, {s.batch, 4 * d}, wide_type(c.dtype), "log_sum"));
   c.context = const_cast<void*>(a.tokens(context, {s.batch, 8, head, head}, wide_type(c.dtype), "context"));
-  Tensor grad_mixed = make({3, s.batch, n, 4 * d}, mixed.scalar_type(), mixed);
-  Tensor grads = make({head * (2 * 9 + 3 * 25 + 3 * 49 + 8)}, wide_of(mixed), mixed);
+  Tensor grad_mixed = empty_contiguous({3, s.batch, n, 4 * d}, mixed.scalar_type(), mixed);
+  Tensor grads = empty_contiguous({head * (2 * 9 + 3 * 25 + 3 * 49 + 8)}, accumulation_type(mixed), mixed);
   c.grad_mixed = grad_mixed.mutable_data_ptr(), c.grads = grads.mutable_data_ptr();
   run_attention_backward(e, c);
   return {grad_mixed, grads};
