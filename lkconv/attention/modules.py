@@ -13,6 +13,7 @@ from .. import reference_group_mix as reference
 from ..modules import DepthwiseConv2d
 from . import aggregate as fused
 from .checks import check_dim, check_tokens
+from .parameters import AggregateParameters
 
 
 def _tensors(modules: Iterable[nn.Module], name: str) -> list[Tensor]:
@@ -103,18 +104,21 @@ class GroupMixAggregator(nn.Module):
         track = self.norm0.running_mean is not None
         momentum = self._momentum() if training and track else 0.0
         separable = [self.agg1, self.agg2, self.agg3, self.agg0.conv]
-        return fused.aggregate_tokens(
-            namespace,
-            fused.autocast(qkv),
-            size,
+        parameters = AggregateParameters(
             _tensors([s.conv1 for s in separable], "weight"),
             _tensors([s.pointwise_conv for s in separable], "weight"),
             _tensors(norms, "weight"),
             _tensors(norms, "bias"),
-            _tensors(norms, "running_mean") if track else None,
-            _tensors(norms, "running_var") if track else None,
             self.agg0.norm.weight,
             self.agg0.norm.bias,
+        )
+        return fused.aggregate_tokens(
+            namespace,
+            fused.autocast(qkv),
+            size,
+            parameters,
+            _tensors(norms, "running_mean") if track else None,
+            _tensors(norms, "running_var") if track else None,
             training,
             momentum,
             self.norm0.eps,
