@@ -14,9 +14,8 @@ class ACBlock(BranchSumBlock):
     """``bn(conv K x K) + bn(conv K x 1) + bn(conv 1 x K)``, merged into one K x K convolution ``fused_conv``.
 
     Training form: ``square_``, ``ver_`` and ``hor_`` with ``conv`` and ``bn``. A strip is padded by p along
-        itself
-    and by p - K/2 across; where that is negative (padding below half the kernel) its input is cropped
-    instead.
+    itself and by p - dilation (K // 2) across; where that is negative (padding below half the kernel) its
+    input is cropped instead.
 
     Args:
         As ``nn.Conv2d``; kernel_size is odd. deploy: build the merged form. use_affine: of the batch norms.

@@ -19,10 +19,9 @@ def merged_depthwise_conv2d(input: Tensor, branches: Sequence[Branch], target: G
 
     The branches' kernels are placed, scaled and summed in float32 (float64 if any is), cast to the input's
     dtype last, and convolved once. The backward pass is one backward_input and one backward_weight on the
-    merged kernel,
-    gathered into the gradient of every weight, scale and bias: exact wherever scales and biases do not depend
-        on
-    the batch (evaluation, frozen batch norm, learned scales, no normalisation). Twice differentiable.
+    merged kernel, gathered into the gradient of every weight, scale and bias: exact wherever scales and
+    biases do not depend on the batch (evaluation, frozen batch norm, learned scales, no normalisation).
+    Twice differentiable.
 
     Args:
         input: (N, C, H, W), C = target.groups; float64, float32, float16 or bfloat16.

@@ -35,9 +35,9 @@ def frequency_prior(out_channels: int, kernel_size: int) -> Tensor:
 class OREPA(ReparamBlock):
     """``nonlinear(bn(conv(x, sum_b v_b W_b)))``, merged into one convolution ``orepa_reparam``.
 
-    Parameter names:
-        ``weight_orepa_{origin,avg_conv,pfir_conv,1x1,1x1_kxk_idconv1,1x1_kxk_conv2,gconv_dw,gconv_pw}``,
-    ``vector`` (6, O), ``bn``; buffers ``weight_orepa_{avg_avg,prior}`` and ``id_tensor``.
+    Parameter names: ``weight_orepa_`` with ``origin``, ``avg_conv``, ``pfir_conv``, ``1x1``,
+    ``1x1_kxk_idconv1``, ``1x1_kxk_conv2``, ``gconv_dw`` and ``gconv_pw``; ``vector`` (6, O), ``bn``; buffers
+    ``weight_orepa_{avg_avg,prior}`` and ``id_tensor``.
 
     Args:
         As ``nn.Conv2d``; padding is half the dilated kernel. internal_channels_1x1_3x3: channels of the

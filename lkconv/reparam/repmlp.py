@@ -47,8 +47,7 @@ class RepMLPBlock(ReparamBlock):
     """A fully-connected layer over h x w patches plus convolutions on them, merged into the layer ``fc3``.
 
     Training form: ``fc3`` (no bias), ``fc3_bn``, ``repconv{k}.{conv,bn}``; merged form: ``fc3`` with bias.
-        Both have
-    the global perceptron ``gp``.
+    Both have the global perceptron ``gp``.
 
     Args:
         in_channels, out_channels: equal; a multiple of num_sharesets.

@@ -14,8 +14,7 @@ class RepVGGBlock(BranchSumBlock):
     """``relu(se(bn(conv 3x3) + bn(conv 1x1) + bn(x)))``, merged into one 3x3 convolution with bias.
 
     Training form: ``rbr_dense.{conv,bn}``, ``rbr_1x1.{conv,bn}`` and ``rbr_identity`` (None unless
-        in_channels
-    equals out_channels and the stride is 1); merged form: ``rbr_reparam``.
+    in_channels equals out_channels and the stride is 1); merged form: ``rbr_reparam``.
 
     Args:
         As ``nn.Conv2d``; kernel_size is 3 and padding equals dilation. deploy: build the merged form.

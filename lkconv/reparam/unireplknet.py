@@ -30,8 +30,7 @@ class DilatedReparamBlock(BranchSumBlock):
     """``bn(conv K x K) + sum of bn(conv k x k, dilation r)``, depthwise, merged into one K x K convolution.
 
     Training form: ``lk_origin.weight``, ``origin_bn``, ``dil_conv_k{k}_{r}``, ``dil_bn_k{k}_{r}``; merged
-        form:
-    ``lk_origin.{weight,bias}``.
+    form: ``lk_origin.{weight,bias}``.
 
     Args:
         channels: C. kernel_size: K.
