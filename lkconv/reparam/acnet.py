@@ -20,6 +20,10 @@ class ACBlock(BranchSumBlock):
     Args:
         As ``nn.Conv2d``; kernel_size is odd. deploy: build the merged form. use_affine: of the batch norms.
         reduce_gamma: start all three gammas at 1/3. gamma_init: start them at this value.
+
+    Raises:
+        ValueError: for an even kernel, a padding mode other than zeros, groups that do not divide the
+            channels, or both reduce_gamma and gamma_init.
     """
 
     merged_name = "fused_conv"

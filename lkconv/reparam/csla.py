@@ -53,6 +53,10 @@ class LinearAddBlock(ReparamBlock):
         use_se: a squeeze-and-excitation gate before the activation.
         is_csla: constant scales (no gradient). conv_scale_init: initial a3 and a1.
         deploy: build the merged form.
+
+    Raises:
+        ValueError: for another kernel size or padding, a padding mode other than zeros, or groups that do not
+            divide the channels.
     """
 
     merged_name = "reparam_conv"

@@ -32,8 +32,9 @@ def merged_depthwise_conv2d(input: Tensor, branches: Sequence[Branch], target: G
         (N, C m, H', W') in the input's dtype and memory format.
 
     Raises:
-        TypeError: if an argument is not of the type above.
-        ValueError: naming the branch and the condition it violates.
+        TypeError: ``input`` is not a tensor of one of these dtypes.
+        ValueError: ``input`` is not 4-D, its channels are not the target's groups or do not divide the output
+            channels, or there is no branch; else naming the branch and the condition it violates.
     """
     if not isinstance(input, Tensor) or not input.is_floating_point():
         raise TypeError(

@@ -55,6 +55,12 @@ class RepMLPBlock(ReparamBlock):
         globalperceptron_reduce: reduction of the gate. num_sharesets: S, sets of weights; channels are dealt
             to them.
         deploy: build the merged form.
+
+    Shapes: (N, in_channels, H, W) to the same.
+
+    Raises:
+        ValueError: if the channel counts differ or are no multiple of num_sharesets, for an even kernel, and
+            on a call for an input that the patches do not cover exactly.
     """
 
     merged_name = "fc3"

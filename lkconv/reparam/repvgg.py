@@ -21,7 +21,8 @@ class RepVGGBlock(BranchSumBlock):
         use_se: a squeeze-and-excitation gate before the activation.
 
     Raises:
-        ValueError: for another kernel size or padding, or a padding mode other than zeros.
+        ValueError: for another kernel size or padding, a padding mode other than zeros, or groups that do not
+            divide the channels.
     """
 
     merged_name = "rbr_reparam"
