@@ -101,7 +101,16 @@ def explain(
 ) -> Explanation:
     """Which backend and algorithm :func:`lkconv.depthwise_conv2d` takes for these arguments, and why.
 
-    Nothing is computed. Takes the same arguments and raises the same errors.
+    Nothing is computed.
+
+    Args:
+        As :func:`lkconv.depthwise_conv2d`.
+
+    Returns:
+        An :class:`Explanation`; ``print`` it.
+
+    Raises:
+        TypeError, ValueError: as :func:`lkconv.depthwise_conv2d`.
     """
     check_types(input, weight, bias)
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)

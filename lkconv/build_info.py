@@ -46,7 +46,10 @@ class BuildInfo:
 
 
 def build_info() -> BuildInfo:
-    """What was compiled, for which instruction sets and GPU architectures, and what this machine has."""
+    """What was compiled, for which instruction sets and GPU architectures, and what this machine has.
+
+    A module that cannot be loaded is no error: the reason stands in the result.
+    """
     cuda, cuda_reason = backends.cuda_module()
     triton_reason = _import_reason("triton") or _import_reason("lkconv.triton_kernels")
     return BuildInfo(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lkconv import reparam
 from lkconv.reparam.geometry import Geometry
 
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+# Of one op, and of a whole training step against the branches one after the other.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+TRAINING_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 # (size, kernels as (kernel, padding, dilation), with the identity, tensors given)
 SUMS: dict[str, tuple] = {
@@ -27,6 +32,12 @@ SUMS: dict[str, tuple] = {
 
 def pair(value):
     return (value, value) if isinstance(value, int) else value
+
+
+def same_size(channels: int, kernel: int | tuple[int, int], stride: int = 1) -> Geometry:
+    """A depthwise convolution padded by half its kernel: at stride 1 the output has the input's size."""
+    kh, kw = pair(kernel)
+    return Geometry((kh, kw), pair(stride), (kh // 2, kw // 2), groups=channels)
 
 
 class Sum:
@@ -88,6 +99,10 @@ def exact(tensor: Tensor) -> Tensor:
 def error(got: Tensor, wanted: Tensor) -> float:
     wanted = wanted.detach()
     return float((exact(got.detach()) - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+
+def same(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 def per_channel(factor: Tensor) -> Tensor:
@@ -164,3 +179,37 @@ def calls(s: Sum) -> Iterator[tuple[Any, tuple]]:
 def check_with_opcheck(s: Sum) -> None:
     for op, arguments in calls(s):
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def take_strided_operands(s: Sum) -> None:
+    """The same values with strides that no kernel could guess, between elements that are NaN."""
+    for name in ("input", "grad"):
+        tensor = getattr(s, name)
+        wide = torch.full([2 * n for n in tensor.shape], float("nan"), device=tensor.device)
+        setattr(s, name, wide[::2, 1::2, ::2, 1::2].copy_(tensor))
+    s.weights = [w.transpose(2, 3).contiguous().transpose(2, 3) for w in s.weights]
+    s.given = [t.contiguous(memory_format=torch.channels_last) for t in s.given]
+
+
+def check_large_mean_of(namespace: str, layout: torch.memory_format, device: str) -> None:
+    """Sums of squares less squared means would have no digit left."""
+    torch.manual_seed(1)
+    x = (torch.randn(4, 3, 20, 20) + 3e4).to(device).contiguous(memory_format=layout)
+    weight = torch.ones(3, 1, 1, 1, device=device)
+    op = getattr(torch.ops, namespace).normalised_branches
+    _, means, variances = op(x, [weight], [], [0, 0], [1, 1], True)
+    for b in range(2):
+        assert error(variances[b], exact(x).var((0, 2, 3), correction=0)) <= 1e-5
+        assert error(means[b], exact(x).mean((0, 2, 3))) <= 1e-7
+
+
+def training_step(module: nn.Module, x: Tensor, path: str) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Output, gradients and buffers after one step by a training path, and how often each op ran."""
+    module, x = copy.deepcopy(module), x.detach().requires_grad_()
+    with reparam.use_training_path(path), torch.profiler.profile() as profile:
+        y = module(x)
+        y.pow(3).mean().backward()
+    found = {"output": y.detach(), "input": x.grad}
+    found |= {f"gradient of {name}": p.grad for name, p in module.named_parameters()}
+    found |= dict(module.named_buffers())
+    return found, {event.key: event.count for event in profile.key_averages()}

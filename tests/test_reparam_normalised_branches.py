@@ -1,6 +1,6 @@
 """lkconv::normalised_branches and its sisters: statistics, sum and gradients of all branches of a block."""
 
-import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,17 +8,21 @@ import torch
 import lkconv._C
 from lkconv import reparam, use_backend
 from lkconv.reparam import normalised_branches
-from lkconv.reparam.geometry import Geometry
 from normalised_branches_cases import (
+    LAYOUTS,
     SUMS,
     TOLERANCE,
     Sum,
     check_gradients,
+    check_large_mean_of,
     check_outputs_and_sum,
     check_with_opcheck,
     error,
     everything,
-    pair,
+    same,
+    same_size,
+    take_strided_operands,
+    training_step,
 )
 from processes import run_pytest
 
@@ -30,7 +34,7 @@ def dtype(request):
     return request.param
 
 
-@pytest.fixture(params=[torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.fixture(params=LAYOUTS.values(), ids=str)
 def layout(request):
     return request.param
 
@@ -56,30 +60,17 @@ def test_neither_threads_nor_repetition_change_bits(name, layout):
             found.append(everything(s))
     finally:
         torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+    assert all(same(found[0], other) for other in found[1:])
 
 
-def test_statistics_of_a_large_mean():
-    """Sums of squares less squared means would have no digit left."""
-    x = torch.randn(4, 3, 20, 20) + 3e4
-    weight = torch.ones(3, 1, 1, 1)
-    _, means, variances = OPS.normalised_branches(x, [weight], [], [0, 0], [1, 1], True)
-    exact = x.double().var((0, 2, 3), correction=0)
-    for b in range(2):
-        assert error(variances[b], exact) <= 1e-5
-        assert error(means[b], x.double().mean((0, 2, 3))) <= 1e-7
+def test_statistics_of_a_large_mean(layout):
+    check_large_mean_of("lkconv", layout, "cpu")
 
 
 def test_strided_operands():
     s = Sum("all", torch.float32)
     want = everything(s)
-    for name in ("input", "grad"):
-        tensor = getattr(s, name)
-        wide = torch.full([2 * n for n in tensor.shape], float("nan"))
-        view = wide[::2, 1::2, ::2, 1::2]
-        setattr(s, name, view.copy_(tensor))
-    s.weights = [w.transpose(2, 3).contiguous().transpose(2, 3) for w in s.weights]
+    take_strided_operands(s)
     for got, wanted in zip(everything(s), want, strict=True):
         assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
@@ -135,10 +126,7 @@ def test_memory_safety_checks():
 def test_arrangement():
     """Large kernels run apart, small ones in place; what the ops cannot take runs otherwise."""
     x = torch.randn(4, 160, 28, 28)
-
-    def geometry(kernel, stride=1):
-        return Geometry(*map(pair, (kernel, stride, kernel // 2, 1)), 160)
-
+    geometry = partial(same_size, 160)
     found = normalised_branches.arrange(x, [geometry(31), None, geometry(5)], 160)
     assert (found.kernels, found.identity, found.apart, found.order) == ((2,), (1,), (0,), (2, 1, 0))
     assert normalised_branches.arrange(x, [geometry(3, 2), geometry(5, 2)], 160) is None
@@ -149,28 +137,17 @@ def test_arrangement():
         assert normalised_branches.arrange(x, [geometry(3)], 160) is None
 
 
-@pytest.mark.parametrize("layout", ["dense", "nhwc"])
 def test_training_uses_them_once(layout):
     block = reparam.ReparamLargeKernelConv(64, 64, 31, 1, 64, 5).train()
-    x = torch.randn(2, 64, 40, 40)
-    if layout == "nhwc":
-        x = x.to(memory_format=torch.channels_last)
-
-    def run(path):
-        one = copy.deepcopy(block)
-        with torch.profiler.profile() as profile, reparam.use_training_path(path):
-            y = one(x)
-            grads = torch.autograd.grad(y.pow(3).sum(), list(one.parameters()))
-        counts = {e.key: e.count for e in profile.key_averages()}
-        return [y, *grads, *one.buffers()], [counts.get(f"lkconv::{name}", 0) for name in names]
-
+    x = torch.randn(2, 64, 40, 40).contiguous(memory_format=layout)
+    got, ran = training_step(block, x, "fused")
+    wanted, ran_alone = training_step(block, x, "branches")
     stages = ("", "_sum", "_dots", "_backward")
-    names = [*(f"normalised_branches{s}" for s in stages), "depthwise_conv2d"]
-    got, count = run("fused")
-    wanted, none = run("branches")
-    assert (count, none) == ([1, 1, 1, 1, 1], [0, 0, 0, 0, 2])
-    for a, b in zip(got, wanted, strict=True):
-        assert error(a, b.double()) <= 1e-4
+    names = [f"lkconv::{name}" for name in (*(f"normalised_branches{s}" for s in stages), "depthwise_conv2d")]
+    assert [ran.get(name, 0) for name in names] == [1, 1, 1, 1, 1]
+    assert [ran_alone.get(name, 0) for name in names] == [0, 0, 0, 0, 2]
+    for name, value in wanted.items():
+        assert error(got[name], value.double()) <= 1e-4, name
 
 
 @pytest.mark.slow
@@ -182,4 +159,4 @@ def test_instruction_sets(isa):
     passed = run_pytest(
         "tests/test_reparam_normalised_branches.py", "-k", chosen, env={"LKCONV_MAX_CPU_ISA": isa}
     )
-    assert passed == 2 * len(SUMS) * len(TOLERANCE) * 2 + 1
+    assert passed == 2 * len(SUMS) * len(TOLERANCE) * len(LAYOUTS) + 1

@@ -11,15 +11,14 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter has a process of its own", allow_module_level=True)
 
-from normalised_branches_cases import SUMS
+from normalised_branches_cases import SUMS, TOLERANCE
 from triton_normalised_branches_checks import CHECKS, INTERPRETED_GROUPS, training_checks, value_checks
 from triton_support import run_interpreted
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ON_DEVICE = {
-    **value_checks(SUMS, DTYPES, "cuda"),
-    **training_checks(DTYPES, "cuda", "nchw"),
-    **training_checks(DTYPES, "cuda", "nhwc"),
+    **value_checks(SUMS, TOLERANCE, "cuda"),
+    **training_checks(TOLERANCE, "cuda", "nchw"),
+    **training_checks(TOLERANCE, "cuda", "nhwc"),
 }
 DEVICE = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 

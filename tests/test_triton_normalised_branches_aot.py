@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from normalised_branches_cases import LAYOUTS
 from triton_support import kernels
 
 pytest.importorskip("triton")
@@ -19,7 +20,6 @@ KERNELS = (
     "outputs", "statistics", "sum", "dots", "add_tiles", "backward_input", "backward_weight",
     "add_weight_splits", "backward_given",
 )  # fmt: skip
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 # (size, kernels as (kernel, padding, dilation)); UniRepLKNet's 13 x 13 and RepLKNet's 31 x 31 run apart.
 BLOCKS = {
     "unireplknet": ((32, 160, 28, 28), [(5, 2, 1), (7, 6, 2), (3, 3, 3), (3, 4, 4), (3, 5, 5)]),

@@ -48,21 +48,22 @@ class Recorder:
 def specialised(kernel, bound):
     """(signature, constants, attributes) as the just-in-time compiler would specialise these arguments."""
     signature, constants, attributes = {}, {}, {}
+
+    def argument(value, path, constant=False):
+        if isinstance(value, tuple) and not constant:
+            return tuple(argument(v, (*path, i)) for i, v in enumerate(value))
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return POINTERS[value.dtype]
+        if constant or value == 1:
+            constants[path] = value
+            return "constexpr"
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
     for index, param in enumerate(kernel.params):
-        value = bound[param.name]
-        if isinstance(value, tuple) and not param.is_constexpr:  # of tensors
-            signature[param.name] = tuple(POINTERS[t.dtype] for t in value)
-            attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(len(value))}
-        elif isinstance(value, torch.Tensor):
-            signature[param.name] = POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif param.is_constexpr or value == 1:
-            signature[param.name] = "constexpr"
-            constants[(index,)] = value
-        else:
-            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+        signature[param.name] = argument(bound[param.name], (index,), param.is_constexpr)
     return signature, constants, attributes
 
 

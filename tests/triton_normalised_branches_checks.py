@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lkconv
 from lkconv import backends, reparam
 from lkconv.reparam import normalised_branches
-from lkconv.reparam.geometry import Geometry
 from normalised_branches_cases import (
+    LAYOUTS,
     SUMS,
+    TRAINING_TOLERANCE,
     Sum,
     check_gradients,
+    check_large_mean_of,
     check_outputs_and_sum,
     check_with_opcheck,
-    error,
     everything,
-    pair,
+    same,
+    same_size,
+    take_strided_operands,
+    training_step,
 )
 from triton_support import kernels
 
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 # The interpreter takes long for every program: as SUMS, with fewer channels and pixels.
 SMALL = {
     "one": SUMS["one"],
@@ -60,10 +62,6 @@ def check_repetition(device: str) -> None:
         assert same(everything(s), everything(s))
 
 
-def same(some: list[Tensor], others: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
-
-
 def check_64_bit_offsets(device: str) -> None:
     """The kernels' 64-bit variants give the same bits as their 32-bit ones."""
     operators = kernels("normalised_branches")
@@ -92,29 +90,15 @@ def check_every_number_of_splits(device: str) -> None:
 
 
 def check_large_mean(device: str) -> None:
-    """Sums of squares less squared means would have no digit left."""
     kernels()
     for layout in LAYOUTS.values():
-        torch.manual_seed(1)
-        x = (torch.randn(4, 3, 20, 20) + 3e4).to(device).contiguous(memory_format=layout)
-        weight = torch.ones(3, 1, 1, 1, device=device)
-        op = torch.ops.lkconv_triton.normalised_branches
-        _, means, variances = op(x, [weight], [], [0, 0], [1, 1], True)
-        exact = x.cpu().double()
-        for b in range(2):
-            assert error(variances[b], exact.var((0, 2, 3), correction=0)) <= 1e-5
-            assert error(means[b], exact.mean((0, 2, 3))) <= 1e-7
+        check_large_mean_of("lkconv_triton", layout, device)
 
 
 def check_strided_operands(device: str) -> None:
     s = make(SMALL["all"], torch.float32, "nchw", device)
     wanted = everything(s)
-    for name in ("input", "grad"):
-        tensor = getattr(s, name)
-        wide = torch.full([2 * n for n in tensor.shape], float("nan"), device=device)
-        setattr(s, name, wide[::2, 1::2, ::2, 1::2].copy_(tensor))
-    s.weights = [w.transpose(2, 3).contiguous().transpose(2, 3) for w in s.weights]
-    s.given = [t.contiguous(memory_format=torch.channels_last) for t in s.given]
+    take_strided_operands(s)
     assert same(everything(s), wanted)
 
 
@@ -171,11 +155,7 @@ def check_fake_kernels(device: str) -> None:
 def check_arrangement(device: str) -> None:
     """Up to 49 taps in place; without a kernel in place, or where no Triton is wanted, nothing."""
     x = torch.empty(2, 8, 20, 20, device=device)
-
-    def geometry(kernel):
-        padding = tuple(k // 2 for k in pair(kernel))
-        return Geometry(pair(kernel), padding=padding, groups=8)
-
+    geometry = partial(same_size, 8)
     with lkconv.use_backend("triton"):
         found = normalised_branches.arrange(x, [geometry((51, 5)), None, geometry(7), geometry(3)], 8)
         assert found is not None and found.namespace == "lkconv_triton"
@@ -197,34 +177,17 @@ def check_training(block: Callable[[], nn.Module], layout: str, dtype: torch.dty
             nn.init.normal_(norm.weight)
             nn.init.normal_(norm.bias)
     x = torch.randn(2, 2, 5, 7, dtype=dtype).to(device).contiguous(memory_format=LAYOUTS[layout])
-    got, names = training_step(module, x, "triton", "fused")
-    wanted, others = training_step(module, x, "torch", "branches")
+    with lkconv.use_backend("triton"):
+        got, ran = training_step(module, x, "fused")
+    with lkconv.use_backend("torch"):
+        wanted, ran_alone = training_step(module, x, "branches")
     stages = {f"lkconv_triton::normalised_branches{stage}" for stage in ("", "_sum", "_dots", "_backward")}
-    assert stages <= names and not stages & others
-    limit = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+    assert stages <= ran.keys() and not stages & ran_alone.keys()
     for name, value in wanted.items():
         assert got[name].dtype == value.dtype, name
         off, size = (float(t.cpu().double().norm()) for t in (got[name] - value, value))
         # A 1 x 1 kernel's gradient vanishes, as its norm undoes its scale: there the rounding of 1 counts.
-        assert off <= limit * max(size, 1), name
-
-
-def training_step(
-    module: nn.Module, x: Tensor, backend: str, path: str
-) -> tuple[dict[str, Tensor], set[str]]:
-    """Output, gradients and buffers after one step, and the names of the ops that ran."""
-    module, x = copy.deepcopy(module), x.detach().requires_grad_()
-    with (
-        lkconv.use_backend(backend),
-        reparam.use_training_path(path),
-        torch.profiler.profile() as profile,
-    ):
-        y = module(x)
-        y.pow(3).mean().backward()
-    found = {"output": y.detach(), "input": x.grad}
-    found |= {f"gradient of {name}": p.grad for name, p in module.named_parameters()}
-    found |= {name: b for name, b in module.named_buffers() if b.is_floating_point()}
-    return found, {event.key for event in profile.key_averages()}
+        assert off <= TRAINING_TOLERANCE[dtype] * max(size, 1), name
 
 
 def check_cuda_leaves_sums_to_triton(device: str) -> None:
@@ -247,7 +210,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
 
 
 def value_checks(
-    sums: dict, dtypes: tuple[torch.dtype, ...], device: str, layouts: Iterable[str] = LAYOUTS
+    sums: dict, dtypes: Iterable[torch.dtype], device: str, layouts: Iterable[str] = LAYOUTS
 ) -> dict[str, Callable[[], None]]:
     return {
         f"branches-{name}-{layout}-{dtype}": partial(check_values, case, dtype, layout, device)
@@ -258,7 +221,7 @@ def value_checks(
 
 
 def training_checks(
-    dtypes: tuple[torch.dtype, ...], device: str, layout: str, blocks: Iterable[str] = BLOCKS
+    dtypes: Iterable[torch.dtype], device: str, layout: str, blocks: Iterable[str] = BLOCKS
 ) -> dict[str, Callable[[], None]]:
     return {
         f"branches-training-{name}-{layout}-{dtype}": partial(

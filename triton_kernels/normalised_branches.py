@@ -62,9 +62,15 @@ class Call:
         return memory_format(self.input)
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Heights and widths of input and output."""
-        return (*self.input.shape[2:], *self.output.shape[2:])
+    def both(self) -> tuple[tuple[int, ...], ...]:
+        """Sizes of input and output, strides of input and output: arguments of kernels that read windows."""
+        in_size, out_size = (tuple(t.shape[2:]) for t in (self.input, self.output))
+        return in_size, out_size, self.input.stride(), self.output.stride()
+
+    @property
+    def output_only(self) -> tuple[tuple[int, ...], ...]:
+        """Size and strides of the output, and of every tensor like it."""
+        return tuple(self.output.shape[2:]), self.output.stride()
 
     @property
     def channels(self) -> int:
@@ -172,9 +178,7 @@ def launch_outputs(
         partial,
         call.pixels,
         call.channels,
-        *call.sizes,
-        *call.input.stride(),
-        *call.output.stride(),
+        *call.both,
         GEOMETRY=geometry,
         ACC=call.acc,
         INT64=int64,
@@ -211,8 +215,7 @@ def normalised_branches_sum(
             output,
             call.pixels,
             call.channels,
-            *call.sizes[2:],
-            *call.output.stride(),
+            *call.output_only,
             ACC=call.acc,
             INT64=call.int64(),
             **call.block,
@@ -243,8 +246,7 @@ def normalised_branches_dots(
             partial,
             call.pixels,
             call.channels,
-            *call.sizes[2:],
-            *call.output.stride(),
+            *call.output_only,
             ACC=call.acc,
             INT64=int64,
             **call.block,
@@ -309,13 +311,11 @@ def launch_backward_input(
         grad,
         tuple(saved),
         taps,
-        *factors,
+        factors,
         grad_input,
         pixels,
         call.channels,
-        *call.sizes,
-        *call.input.stride(),
-        *call.output.stride(),
+        *call.both,
         GEOMETRY=geometry,
         IDENTITY=identity,
         ACC=call.acc,
@@ -339,15 +339,13 @@ def launch_backward_weight(
         call.input,
         grad,
         tuple(saved),
-        *factors,
+        factors,
         partial,
         call.pixels,
         ceil_div(ceil_div(call.pixels, tiles.weight_pixels), splits),
         splits,
         call.channels,
-        *call.sizes,
-        *call.input.stride(),
-        *call.output.stride(),
+        *call.both,
         GEOMETRY=geometry,
         STARTS=tuple(starts),
         TAPS=taps,
@@ -375,12 +373,11 @@ def launch_backward_given(
     backward_given_kernel[call.grid](
         grad,
         tuple(call.dense(t) for t in given),
-        *factors,
+        factors,
         tuple(grad_given),
         call.pixels,
         call.channels,
-        *call.sizes[2:],
-        *call.output.stride(),
+        *call.output_only,
         FIRST=first,
         ACC=call.acc,
         INT64=call.int64(),

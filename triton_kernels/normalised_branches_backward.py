@@ -8,7 +8,15 @@ is zero, although the formula is not.
 import triton
 import triton.language as tl
 
-from .normalised_branches_tiles import branch_gradient, factor, own_tile, position
+from .normalised_branches_tiles import (
+    branch_gradient,
+    factor,
+    factors_of,
+    offsets,
+    own_row,
+    own_tile,
+    position,
+)
 
 
 @triton.jit
@@ -19,12 +27,8 @@ def dots_kernel(
     partial,
     pixels,
     channels,
-    height,
-    width,
-    stride_n,
-    stride_c,
-    stride_h,
-    stride_w,
+    size,
+    strides,
     ACC: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -35,8 +39,8 @@ def dots_kernel(
     blocks, block, p, c = own_tile(pixels, channels, INT64, BLOCK_P, BLOCK_C)
     c_ok = c < channels
     ok = (p < pixels)[:, None] & c_ok[None, :]
-    n, row, col = position(p, height, width)
-    at = (n * stride_n + row * stride_h + col * stride_w)[:, None] + (c * stride_c)[None, :]
+    n, row, col = position(p, size)
+    at = offsets(n, row, col, c, strides)
     g = tl.load(grad_output + at, mask=ok, other=0).to(ACC)
     line = partial + (block * channels + c)
     tl.store(line, tl.sum(g, axis=0), mask=c_ok)
@@ -59,11 +63,7 @@ def add_tiles_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Adds what the tiles left: row 0 to ``total``, row 1 + b to row b of ``dots``."""
-    groups = tl.cdiv(channels, BLOCK_C)
-    row = tl.program_id(0) // groups
-    if INT64:
-        row = row.to(tl.int64)
-    c = (tl.program_id(0) % groups) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row, c = own_row(channels, INT64, BLOCK_C)
     c_ok = c < channels
     lines = partial + (row * blocks * channels + c)[None, :]
     values = tl.zeros([BLOCK_T, BLOCK_C], partial.dtype.element_ty)
@@ -84,18 +84,12 @@ def add_tiles_kernel(
 def backward_given_kernel(
     grad_output,
     given,
-    scales,
-    slopes,
-    constants,
+    factors,
     grad_given,
     pixels,
     channels,
-    height,
-    width,
-    stride_n,
-    stride_c,
-    stride_h,
-    stride_w,
+    size,
+    strides,
     FIRST: tl.constexpr,
     ACC: tl.constexpr,
     INT64: tl.constexpr,
@@ -106,20 +100,18 @@ def backward_given_kernel(
     _, _, p, c = own_tile(pixels, channels, INT64, BLOCK_P, BLOCK_C)
     c_ok = c < channels
     ok = (p < pixels)[:, None] & c_ok[None, :]
-    n, row, col = position(p, height, width)
-    at = (n * stride_n + row * stride_h + col * stride_w)[:, None] + (c * stride_c)[None, :]
+    n, row, col = position(p, size)
+    at = offsets(n, row, col, c, strides)
     for j in tl.static_range(len(given)):
-        scale = factor(scales, FIRST + j, channels, c, c_ok, ACC)
-        slope = factor(slopes, FIRST + j, channels, c, c_ok, ACC)
-        constant = factor(constants, FIRST + j, channels, c, c_ok, ACC)
-        dz = branch_gradient(grad_output, given[j], at, ok, scale, slope, constant, ACC)
+        own = factors_of(factors, FIRST + j, channels, c, c_ok, ACC)
+        dz = branch_gradient(grad_output, given[j], at, ok, own, ACC)
         tl.store(grad_given[j] + at, dz.to(grad_given[j].dtype.element_ty), mask=ok)
 
 
 @triton.jit
 def add_transposed(
-    acc, grad_output, output, at, row, col, c, p_ok, c_ok, taps, channels, out_h, out_w, stride_h, stride_w,
-    scale, slope, constant, PLACE: tl.constexpr, ACC: tl.constexpr,
+    acc, grad_output, output, at, row, col, c, p_ok, c_ok, taps, channels, size, strides, factors,
+    PLACE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``acc`` and what branch PLACE adds to the input's gradient at (row, col).
 
@@ -128,13 +120,13 @@ def add_transposed(
     """
     for u in range(PLACE[0]):
         down = PLACE[2] - u * PLACE[4]
-        row_ok = p_ok & (row + down >= 0) & (row + down < out_h)
+        row_ok = p_ok & (row + down >= 0) & (row + down < size[0])
         for v in range(PLACE[1]):
             right = PLACE[3] - v * PLACE[5]
-            ok = row_ok & (col + right >= 0) & (col + right < out_w)
+            ok = row_ok & (col + right >= 0) & (col + right < size[1])
             ok = ok[:, None] & c_ok[None, :]
-            step = down * stride_h + right * stride_w
-            dz = branch_gradient(grad_output, output, at + step, ok, scale, slope, constant, ACC)
+            step = down * strides[2] + right * strides[3]
+            dz = branch_gradient(grad_output, output, at + step, ok, factors, ACC)
             tap = tl.load(taps + ((PLACE[6] + u * PLACE[1] + v) * channels + c), mask=c_ok, other=0)
             acc = tl.fma(dz, tl.broadcast_to(tap.to(ACC)[None, :], acc.shape), acc)
     return acc
@@ -146,24 +138,14 @@ def backward_input_kernel(
     grad_output,
     outputs,
     taps,
-    scales,
-    slopes,
-    constants,
+    factors,
     grad_input,
     pixels,
     channels,
-    in_h,
-    in_w,
-    out_h,
-    out_w,
-    x_stride_n,
-    x_stride_c,
-    x_stride_h,
-    x_stride_w,
-    y_stride_n,
-    y_stride_c,
-    y_stride_h,
-    y_stride_w,
+    in_size,
+    out_size,
+    x_strides,
+    y_strides,
     GEOMETRY: tl.constexpr,
     IDENTITY: tl.constexpr,
     ACC: tl.constexpr,
@@ -176,23 +158,18 @@ def backward_input_kernel(
     _, _, p, c = own_tile(pixels, channels, INT64, BLOCK_P, BLOCK_C)
     p_ok = p < pixels
     c_ok = c < channels
-    n, row, col = position(p, in_h, in_w)
-    here = (n * x_stride_n + row * x_stride_h + col * x_stride_w)[:, None] + (c * x_stride_c)[None, :]
-    there = (n * y_stride_n + row * y_stride_h + col * y_stride_w)[:, None] + (c * y_stride_c)[None, :]
+    n, row, col = position(p, in_size)
+    here = offsets(n, row, col, c, x_strides)
+    there = offsets(n, row, col, c, y_strides)
     ok = p_ok[:, None] & c_ok[None, :]
     acc = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for b in tl.static_range(len(outputs)):
-        scale = factor(scales, b, channels, c, c_ok, ACC)
-        slope = factor(slopes, b, channels, c, c_ok, ACC)
-        constant = factor(constants, b, channels, c, c_ok, ACC)
+        own = factors_of(factors, b, channels, c, c_ok, ACC)
         acc = add_transposed(
-            acc, grad_output, outputs[b], there, row, col, c, p_ok, c_ok, taps, channels, out_h,
-            out_w, y_stride_h, y_stride_w, scale, slope, constant, GEOMETRY[b], ACC,
+            acc, grad_output, outputs[b], there, row, col, c, p_ok, c_ok, taps, channels, out_size,
+            y_strides, own, GEOMETRY[b], ACC,
         )  # fmt: skip
     if IDENTITY:  # input and outputs have one size, and so the same offsets
-        B: tl.constexpr = len(outputs)
-        scale = factor(scales, B, channels, c, c_ok, ACC)
-        slope = factor(slopes, B, channels, c, c_ok, ACC)
-        constant = factor(constants, B, channels, c, c_ok, ACC)
-        acc += branch_gradient(grad_output, x, there, ok, scale, slope, constant, ACC)
+        own = factors_of(factors, len(outputs), channels, c, c_ok, ACC)
+        acc += branch_gradient(grad_output, x, there, ok, own, ACC)
     tl.store(grad_input + here, acc.to(grad_input.dtype.element_ty), mask=ok)

@@ -9,7 +9,7 @@ sizes alone decide.
 import triton
 import triton.language as tl
 
-from .normalised_branches_tiles import convolve, factor, own_tile, position
+from .normalised_branches_tiles import convolve, factor, offsets, own_row, own_tile, position
 
 MOMENTS = 3  # numbers that describe one channel of a tile: mean, rest, squares
 
@@ -36,18 +36,10 @@ def outputs_kernel(
     partial,
     pixels,
     channels,
-    in_h,
-    in_w,
-    out_h,
-    out_w,
-    x_stride_n,
-    x_stride_c,
-    x_stride_h,
-    x_stride_w,
-    y_stride_n,
-    y_stride_c,
-    y_stride_h,
-    y_stride_w,
+    in_size,
+    out_size,
+    x_strides,
+    y_strides,
     GEOMETRY: tl.constexpr,
     ACC: tl.constexpr,
     INT64: tl.constexpr,
@@ -59,17 +51,17 @@ def outputs_kernel(
     blocks, block, p, c = own_tile(pixels, channels, INT64, BLOCK_P, BLOCK_C)
     p_ok = p < pixels
     c_ok = c < channels
-    n, row, col = position(p, out_h, out_w)
-    here = (n * x_stride_n + row * x_stride_h + col * x_stride_w)[:, None] + (c * x_stride_c)[None, :]
-    at = (n * y_stride_n + row * y_stride_h + col * y_stride_w)[:, None] + (c * y_stride_c)[None, :]
+    n, row, col = position(p, out_size)
+    here = offsets(n, row, col, c, x_strides)
+    at = offsets(n, row, col, c, y_strides)
     ok = p_ok[:, None] & c_ok[None, :]
     count = tl.minimum(pixels - block * BLOCK_P, BLOCK_P).to(ACC)
     plane = (len(outputs) + len(given)) * blocks * channels
     moments = partial + block * channels
     for b in tl.static_range(len(outputs)):
         acc = convolve(
-            x, here, row, col, c, p_ok, c_ok, taps, channels, in_h, in_w, x_stride_h, x_stride_w,
-            GEOMETRY[b], ACC, BLOCK_P, BLOCK_C,
+            x, here, row, col, c, p_ok, c_ok, taps, channels, in_size, x_strides, GEOMETRY[b], ACC,
+            BLOCK_P, BLOCK_C,
         )  # fmt: skip
         # Statistics are those of the values that are kept.
         y = acc.to(outputs[b].dtype.element_ty)
@@ -110,14 +102,11 @@ def statistics_kernel(
 ):
     """Mean and biased variance (branches, channels) from the moments of tiles, (moments, branches, blocks,
     channels); a program joins the tiles of BLOCK_C channels of one branch."""
-    groups = tl.cdiv(channels, BLOCK_C)
+    branch, c = own_row(channels, INT64, BLOCK_C)
     blocks = tl.cdiv(pixels, BLOCK_P)
-    branch = tl.program_id(0) // groups
     if INT64:
-        branch = branch.to(tl.int64)
         blocks = tl.cast(blocks, tl.int64)
         plane = tl.cast(plane, tl.int64)
-    c = (tl.program_id(0) % groups) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < channels
     first = partial + branch * blocks * channels
     origin = tl.load(first + c, mask=c_ok, other=0)
@@ -149,12 +138,8 @@ def sum_kernel(
     output,
     pixels,
     channels,
-    height,
-    width,
-    stride_n,
-    stride_c,
-    stride_h,
-    stride_w,
+    size,
+    strides,
     ACC: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -164,8 +149,8 @@ def sum_kernel(
     _, _, p, c = own_tile(pixels, channels, INT64, BLOCK_P, BLOCK_C)
     c_ok = c < channels
     ok = (p < pixels)[:, None] & c_ok[None, :]
-    n, row, col = position(p, height, width)
-    at = (n * stride_n + row * stride_h + col * stride_w)[:, None] + (c * stride_c)[None, :]
+    n, row, col = position(p, size)
+    at = offsets(n, row, col, c, strides)
     acc = tl.zeros([BLOCK_P, BLOCK_C], ACC) + factor(shift, 0, channels, c, c_ok, ACC)
     for b in tl.static_range(len(branches)):
         y = tl.load(branches[b] + at, mask=ok, other=0).to(ACC)

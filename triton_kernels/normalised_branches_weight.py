@@ -8,7 +8,8 @@ summation is fixed by sizes alone. A second launch adds the shares.
 import triton
 import triton.language as tl
 
-from .normalised_branches_tiles import branch_gradient, factor, position
+from .normalised_branches_tiles import branch_gradient, factors_of, offsets, position
+from .reduce import sum_splits
 
 
 @triton.jit
@@ -16,9 +17,7 @@ def weight_share(
     x,
     grad_output,
     output,
-    scale,
-    slope,
-    constant,
+    factors,
     partial,
     tap_block,
     first_block,
@@ -26,18 +25,10 @@ def weight_share(
     c,
     c_ok,
     pixels,
-    in_h,
-    in_w,
-    out_h,
-    out_w,
-    x_stride_n,
-    x_stride_c,
-    x_stride_h,
-    x_stride_w,
-    y_stride_n,
-    y_stride_c,
-    y_stride_h,
-    y_stride_w,
+    in_size,
+    out_size,
+    x_strides,
+    y_strides,
     PLACE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_U: tl.constexpr,
@@ -51,20 +42,20 @@ def weight_share(
     tap_ok = tap < taps
     down = (tap // PLACE[1]) * PLACE[4] - PLACE[2]
     right = (tap % PLACE[1]) * PLACE[5] - PLACE[3]
-    step = (down * x_stride_h + right * x_stride_w)[:, None, None] + (c * x_stride_c)[None, None, :]
+    step = (down * x_strides[2] + right * x_strides[3])[:, None, None] + (c * x_strides[1])[None, None, :]
     acc = tl.zeros([BLOCK_U, BLOCK_P, BLOCK_C], ACC)
     for block in range(blocks):
         p = (first_block + block) * BLOCK_P + tl.arange(0, BLOCK_P)
         p_ok = p < pixels
-        n, out_row, out_col = position(p, out_h, out_w)
-        at = (n * y_stride_n + out_row * y_stride_h + out_col * y_stride_w)[:, None]
-        at += (c * y_stride_c)[None, :]
+        n, out_row, out_col = position(p, out_size)
+        at = offsets(n, out_row, out_col, c, y_strides)
         there = p_ok[:, None] & c_ok[None, :]
-        dz = branch_gradient(grad_output, output, at, there, scale, slope, constant, ACC)
+        dz = branch_gradient(grad_output, output, at, there, factors, ACC)
         row = down[:, None] + out_row[None, :]
         col = right[:, None] + out_col[None, :]
-        ok = (row >= 0) & (row < in_h) & (col >= 0) & (col < in_w) & tap_ok[:, None] & p_ok[None, :]
-        pixel = (n * x_stride_n + out_row * x_stride_h + out_col * x_stride_w)[None, :, None]
+        ok = (row >= 0) & (row < in_size[0]) & (col >= 0) & (col < in_size[1])
+        ok = ok & tap_ok[:, None] & p_ok[None, :]
+        pixel = (n * x_strides[0] + out_row * x_strides[2] + out_col * x_strides[3])[None, :, None]
         window = tl.load(x + (step + pixel), mask=ok[:, :, None] & c_ok[None, None, :], other=0)
         acc = tl.fma(window.to(ACC), tl.broadcast_to(dz[None, :, :], acc.shape), acc)
     out = partial[None, :] + (PLACE[6] + tap)[:, None]
@@ -76,26 +67,16 @@ def backward_weight_kernel(
     x,
     grad_output,
     outputs,
-    scales,
-    slopes,
-    constants,
+    factors,
     partial,
     pixels,
     blocks_per_split,
     splits,
     channels,
-    in_h,
-    in_w,
-    out_h,
-    out_w,
-    x_stride_n,
-    x_stride_c,
-    x_stride_h,
-    x_stride_w,
-    y_stride_n,
-    y_stride_c,
-    y_stride_h,
-    y_stride_w,
+    in_size,
+    out_size,
+    x_strides,
+    y_strides,
     GEOMETRY: tl.constexpr,
     STARTS: tl.constexpr,
     TAPS: tl.constexpr,
@@ -120,14 +101,11 @@ def backward_weight_kernel(
     lines = partial + (split * channels + c) * TAPS
     for b in tl.static_range(len(outputs)):
         if (pid_u >= STARTS[b]) & (pid_u < STARTS[b + 1]):
-            scale = factor(scales, b, channels, c, c_ok, ACC)
-            slope = factor(slopes, b, channels, c, c_ok, ACC)
-            constant = factor(constants, b, channels, c, c_ok, ACC)
+            own = factors_of(factors, b, channels, c, c_ok, ACC)
             weight_share(
-                x, grad_output, outputs[b], scale, slope, constant, lines, pid_u - STARTS[b],
-                split * blocks_per_split, blocks_per_split, c, c_ok, pixels,
-                in_h, in_w, out_h, out_w, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
-                y_stride_n, y_stride_c, y_stride_h, y_stride_w, GEOMETRY[b], ACC, BLOCK_U, BLOCK_P, BLOCK_C,
+                x, grad_output, outputs[b], own, lines, pid_u - STARTS[b], split * blocks_per_split,
+                blocks_per_split, c, c_ok, pixels, in_size, out_size, x_strides, y_strides, GEOMETRY[b], ACC,
+                BLOCK_U, BLOCK_P, BLOCK_C,
             )  # fmt: skip
 
 
@@ -144,16 +122,7 @@ def add_weight_splits_kernel(
 ):
     """Adds (splits, channels, TAPS) in order and deals the taps out to the branches, each (channels,
     taps)."""
-    pid = tl.program_id(0)
-    if INT64:
-        pid = pid.to(tl.int64)
-    i = pid * BLOCK + tl.arange(0, BLOCK)
-    ok = i < numel
-    line = partial + i
-    total = tl.load(line, mask=ok, other=0)
-    for _ in range(1, splits):
-        line += numel
-        total += tl.load(line, mask=ok, other=0)
+    i, ok, total = sum_splits(partial, numel, splits, INT64, BLOCK)
     c = i // TAPS
     for b in tl.static_range(len(grad_weights)):
         tap = i % TAPS - GEOMETRY[b][6]

@@ -5,7 +5,8 @@ import triton.language as tl
 
 
 @triton.jit
-def reduce_splits_kernel(partial, out, numel, splits, INT64: tl.constexpr, BLOCK: tl.constexpr):
+def sum_splits(partial, numel, splits, INT64: tl.constexpr, BLOCK: tl.constexpr):
+    """(elements, which of them are there, their sums) of this program's block of (splits, numel)."""
     pid = tl.program_id(0)
     if INT64:
         pid = pid.to(tl.int64)
@@ -16,4 +17,10 @@ def reduce_splits_kernel(partial, out, numel, splits, INT64: tl.constexpr, BLOCK
     for _ in range(1, splits):
         line += numel
         total += tl.load(line, mask=ok, other=0)
+    return i, ok, total
+
+
+@triton.jit
+def reduce_splits_kernel(partial, out, numel, splits, INT64: tl.constexpr, BLOCK: tl.constexpr):
+    i, ok, total = sum_splits(partial, numel, splits, INT64, BLOCK)
     tl.store(out + i, total.to(out.dtype.element_ty), mask=ok)

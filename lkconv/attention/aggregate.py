@@ -14,6 +14,7 @@ from .. import reference_group_mix as reference
 from . import registration
 from .checks import check_aggregate
 from .derivatives import composed_aggregate, differentiable_gradients, sample_of, under_derivative
+from .parameters import AggregateParameters
 
 Group = Any  # a torch.distributed process group
 
@@ -56,16 +57,14 @@ class _BatchStatistics(torch.autograd.Function):
     """Aggregation normalised by the statistics of the batch.
 
     Inputs: op namespace, qkv, height, width, eps, layer_norm_eps, process group, then the 18 parameters
-    (depthwise 4, pointwise 4, norm weight 4, norm bias 4, LayerNorm's weight and bias). Outputs: mixed,
-    local, mean and biased variance (4, d), the number of values they are of, and for the backward pass
-    premix and prelocal.
+    (:meth:`AggregateParameters.flat`). Outputs: mixed, local, mean and biased variance (4, d), the number of
+    values they are of, and for the backward pass premix and prelocal.
     """
 
     @staticmethod
     def forward(namespace, qkv, height, width, eps, layer_norm_eps, group, *parameters):
         ops = getattr(torch.ops, namespace)
-        depthwise, pointwise, nw, nb = (list(parameters[i : i + 4]) for i in range(0, 16, 4))
-        lw, lb = parameters[16:]
+        depthwise, pointwise, nw, nb, lw, lb = AggregateParameters.of(parameters)
         premix, prelocal, local, mean, var = ops.group_mix_mix(
             qkv, height, width, depthwise, pointwise, lw, lb, layer_norm_eps
         )
@@ -99,17 +98,15 @@ class _BatchStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_mixed: Tensor, grad_local: Tensor, *_: Any) -> tuple:
-        qkv, premix, prelocal, mean, var, *parameters = ctx.saved_tensors
-        depthwise, pointwise, nw, nb = (parameters[i : i + 4] for i in range(0, 16, 4))
+        qkv, premix, prelocal, mean, var, *flat = ctx.saved_tensors
+        parameters = AggregateParameters.of(flat)
+        nw, nb = parameters.norm_weights, parameters.norm_biases
+        size, eps = (ctx.height, ctx.width), (ctx.eps, ctx.layer_norm_eps)
         if torch.is_grad_enabled():
             if ctx.group is not None:
                 raise RuntimeError("double backward through synchronised batch statistics is not supported")
-            size, eps = (ctx.height, ctx.width), (ctx.eps, ctx.layer_norm_eps)
-            outputs = composed_aggregate(
-                qkv, size, depthwise, pointwise, nw, nb, None, (parameters[16], parameters[17]), eps
-            )
-            inputs = [qkv, *parameters]
-            found = differentiable_gradients(outputs, (grad_mixed, grad_local), inputs)
+            outputs = composed_aggregate(qkv, size, parameters, None, eps)
+            found = differentiable_gradients(outputs, (grad_mixed, grad_local), [qkv, *flat])
             return None, found[0], *[None] * 5, *found[1:]
         ops = getattr(torch.ops, ctx.namespace)
         sums = ops.group_mix_backward_reduce(grad_mixed, qkv, premix, nw, nb, mean, var, ctx.eps)
@@ -117,26 +114,10 @@ class _BatchStatistics(torch.autograd.Function):
         if ctx.group is not None:
             sums = sums.clone()
             dist.all_reduce(sums, group=ctx.group)
-        saved = {
-            "qkv": qkv,
-            "premix": premix,
-            "prelocal": prelocal,
-            "height": ctx.height,
-            "width": ctx.width,
-            "depthwise": depthwise,
-            "pointwise": pointwise,
-            "norm_weight": nw,
-            "norm_bias": nb,
-            "mean": mean,
-            "var": var,
-            "layer_norm_weight": parameters[16],
-            "layer_norm_bias": parameters[17],
-            "eps": ctx.eps,
-            "layer_norm_eps": ctx.layer_norm_eps,
-        }
         grad_qkv, grads = registration.aggregate_backward(
-            ops, grad_mixed, grad_local, saved, sums, float(ctx.count)
-        )
+            ops, grad_mixed, grad_local, qkv, premix, prelocal, size, parameters, (mean, var), eps, sums,
+            float(ctx.count),
+        )  # fmt: skip
         return (
             None, grad_qkv, None, None, None, None, None, *grads[:8], *grad_nw, *grad_nb, *grads[8:],
         )  # fmt: skip
@@ -162,14 +143,9 @@ def aggregate_tokens(
     namespace: str,
     qkv: Tensor,
     size: tuple[int, int],
-    depthwise: Sequence[Tensor],
-    pointwise: Sequence[Tensor],
-    norm_weights: Sequence[Tensor],
-    norm_biases: Sequence[Tensor],
+    parameters: AggregateParameters,
     running_means: Sequence[Tensor] | None,
     running_vars: Sequence[Tensor] | None,
-    layer_norm_weight: Tensor,
-    layer_norm_bias: Tensor,
     training: bool,
     momentum: float,
     eps: float,
@@ -180,15 +156,14 @@ def aggregate_tokens(
     height, width = size
     if not training:
         assert running_means is not None and running_vars is not None
+        depthwise, pointwise, nw, nb, lw, lb = parameters
         return getattr(torch.ops, namespace).group_mix_aggregate(
-            qkv, height, width, list(depthwise), list(pointwise), list(norm_weights), list(norm_biases),
-            list(running_means), list(running_vars), layer_norm_weight, layer_norm_bias, eps, layer_norm_eps,
+            qkv, height, width, depthwise, pointwise, nw, nb, list(running_means), list(running_vars), lw, lb,
+            eps, layer_norm_eps,
         )  # fmt: skip
     mixed, local, mean, var, count, _, _ = _BatchStatistics.apply(
-        namespace, qkv, height, width, eps, layer_norm_eps, group, *depthwise, *pointwise, *norm_weights,
-        *norm_biases,
-        layer_norm_weight, layer_norm_bias,
-    )  # fmt: skip
+        namespace, qkv, height, width, eps, layer_norm_eps, group, *parameters.flat()
+    )
     if running_means is not None and running_vars is not None:
         _update_running(running_means, running_vars, mean.detach(), var.detach(), count, momentum)
     return mixed, local
@@ -285,23 +260,14 @@ def group_mix_aggregate(
     check_aggregate(qkv, size, depthwise_weights, pointwise_weights, norms, layer_norm, num_heads)
     qkv = autocast(qkv)
     if (kernels := namespace(qkv)) is not None:
+        parameters = AggregateParameters(
+            list(depthwise_weights), list(pointwise_weights), list(norm_weights), list(norm_biases),
+            layer_norm_weight, layer_norm_bias,
+        )  # fmt: skip
         mixed, local = aggregate_tokens(
-            kernels,
-            qkv,
-            size,
-            depthwise_weights,
-            pointwise_weights,
-            norm_weights,
-            norm_biases,
-            running_means,
-            running_vars,
-            layer_norm_weight,
-            layer_norm_bias,
-            training,
-            momentum,
-            eps,
+            kernels, qkv, size, parameters, running_means, running_vars, training, momentum, eps,
             layer_norm_eps,
-        )
+        )  # fmt: skip
         return *split_heads(mixed), local
     return reference.group_mix_aggregate(
         qkv, size, depthwise_weights, pointwise_weights, norm_weights, norm_biases, running_means,

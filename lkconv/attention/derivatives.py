@@ -13,6 +13,7 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from .. import reference_group_mix as reference
 from ..ops import forward_ad_active
 from .checks import NUM_HEADS
+from .parameters import AggregateParameters
 
 
 def accumulation_dtype(t: Tensor) -> torch.dtype:
@@ -33,12 +34,8 @@ def under_derivative() -> bool:
 def composed_aggregate(
     qkv: Tensor,
     size: tuple[int, int],
-    depthwise: Sequence[Tensor],
-    pointwise: Sequence[Tensor],
-    norm_weights: Sequence[Tensor],
-    norm_biases: Sequence[Tensor],
+    parameters: AggregateParameters,
     statistics: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
-    layer_norm: tuple[Tensor, Tensor],
     eps: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
     """``mixed`` and ``local`` in differentiable operations; batch statistics where none are given."""
@@ -47,13 +44,14 @@ def composed_aggregate(
     q, k, v, local = reference.group_mix_aggregate(
         qkv.to(wide),
         size,
-        depthwise,
-        pointwise,
-        [t.to(wide) for t in norm_weights],
-        [t.to(wide) for t in norm_biases],
+        parameters.depthwise,
+        parameters.pointwise,
+        [t.to(wide) for t in parameters.norm_weights],
+        [t.to(wide) for t in parameters.norm_biases],
         means,
         variances,
-        *layer_norm,
+        parameters.layer_norm_weight,
+        parameters.layer_norm_bias,
         training=statistics is None,
         eps=eps[0],
         layer_norm_eps=eps[1],

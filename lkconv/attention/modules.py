@@ -13,6 +13,7 @@ from .. import reference_group_mix as reference
 from ..modules import DepthwiseConv2d
 from . import aggregate as fused
 from .checks import check_dim, check_tokens
+from .parameters import AggregateParameters
 
 
 def _tensors(modules: Iterable[nn.Module], name: str) -> list[Tensor]:
@@ -57,6 +58,13 @@ class GroupMixAggregator(nn.Module):
     The BatchNorms may be ``nn.SyncBatchNorm`` (``nn.SyncBatchNorm.convert_sync_batchnorm``): their statistics
     are then exchanged with one collective for all four. Other norms in their place, or BatchNorms of which
     some are frozen, run as plain PyTorch.
+
+    Shapes: qkv (B, N, 3 * C) and size (H, W) with H * W = N -> q, k, v (B, 8, N, d / 2) and local (B, N, d),
+    d = C / 5; float64, float32, float16 or bfloat16.
+
+    Raises:
+        ValueError: dim or num_heads is another, or on a call a shape does not fit.
+        TypeError: on a call, qkv is not a floating-point tensor.
     """
 
     def __init__(self, dim: int, num_heads: int = 8) -> None:
@@ -103,18 +111,21 @@ class GroupMixAggregator(nn.Module):
         track = self.norm0.running_mean is not None
         momentum = self._momentum() if training and track else 0.0
         separable = [self.agg1, self.agg2, self.agg3, self.agg0.conv]
-        return fused.aggregate_tokens(
-            namespace,
-            fused.autocast(qkv),
-            size,
+        parameters = AggregateParameters(
             _tensors([s.conv1 for s in separable], "weight"),
             _tensors([s.pointwise_conv for s in separable], "weight"),
             _tensors(norms, "weight"),
             _tensors(norms, "bias"),
-            _tensors(norms, "running_mean") if track else None,
-            _tensors(norms, "running_var") if track else None,
             self.agg0.norm.weight,
             self.agg0.norm.bias,
+        )
+        return fused.aggregate_tokens(
+            namespace,
+            fused.autocast(qkv),
+            size,
+            parameters,
+            _tensors(norms, "running_mean") if track else None,
+            _tensors(norms, "running_var") if track else None,
             training,
             momentum,
             self.norm0.eps,
@@ -182,6 +193,12 @@ class GroupMixAttention(nn.Module):
         attn_drop: dropout of softmax(k). The published code declares it without applying it; with a positive
             value training runs the attention core as plain PyTorch.
         proj_drop: dropout of the output.
+
+    Shapes: x (B, N, C) and size (H, W) with H * W = N -> (B, N, C); float64, float32, float16 or bfloat16.
+
+    Raises:
+        ValueError: dim or num_heads is another, or on a call a shape does not fit.
+        TypeError: on a call, x is not a floating-point tensor.
     """
 
     def __init__(
@@ -239,6 +256,10 @@ class GroupMixAttention(nn.Module):
 
         Returns:
             (B, 8, len(queries), H, W).
+
+        Raises:
+            ValueError: a shape does not fit, or a query is not one of the tokens.
+            TypeError: x is not a floating-point tensor.
         """
         self._check(x, size)
         if any(not 0 <= i < x.shape[1] for i in queries):
@@ -303,6 +324,11 @@ class GroupMixBlock(nn.Module):
         drop: dropout after the attention's projection and inside the MLP.
         drop_path_rate: stochastic depth.
         act_layer, norm_layer: constructors; the published models use LayerNorm with eps 1e-6.
+
+    Shapes: x (B, N, C) and size (H, W) with H * W = N -> (B, N, C); float64, float32, float16 or bfloat16.
+
+    Raises:
+        ValueError: dim or num_heads is another.
     """
 
     def __init__(

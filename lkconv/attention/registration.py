@@ -24,6 +24,7 @@ from .derivatives import (
     into_batch,
     sample_by_sample,
 )
+from .parameters import AggregateParameters
 
 OUTPUTS: dict[str, Callable] = {}  # op -> its fake kernel
 _registered: set[str] = set()
@@ -150,19 +151,23 @@ def aggregate_backward(
     ops: Any,
     grad_mixed: Tensor,
     grad_local: Tensor,
-    saved: dict[str, Any],
+    qkv: Tensor,
+    premix: Tensor,
+    prelocal: Tensor,
+    size: tuple[int, int],
+    parameters: AggregateParameters,
+    statistics: tuple[Tensor, Tensor],
+    eps: tuple[float, float],
     sums: Tensor | None,
     count: float,
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of qkv and of depthwise (4), pointwise (4), LayerNorm's weight and bias, in this order."""
-    s = saved
+    depthwise, pointwise, nw, nb, lw, lb = parameters
     grad_qkv, flat = ops.group_mix_backward(
-        grad_mixed, grad_local, s["qkv"], s["premix"], s["prelocal"], s["height"], s["width"], s["depthwise"],
-        s["pointwise"], s["norm_weight"], s["norm_bias"], s["mean"], s["var"], s["layer_norm_weight"],
-        s["layer_norm_bias"], s["eps"], s["layer_norm_eps"], sums, count,
+        grad_mixed, grad_local, qkv, premix, prelocal, *size, depthwise, pointwise, nw, nb, *statistics,
+        lw, lb, *eps, sums, count,
     )  # fmt: skip
-    like = [*s["depthwise"], *s["pointwise"], s["layer_norm_weight"], s["layer_norm_bias"]]
-    return grad_qkv, unpack(flat, like)
+    return grad_qkv, unpack(flat, [*depthwise, *pointwise, lw, lb])
 
 
 def norm_gradients(sums: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[list, list]:
@@ -183,16 +188,16 @@ def _aggregate_backward(ops: Any, ctx: Any, grad_mixed: Tensor | None, grad_loca
     """With fixed statistics U is cheap to compute again, so that inference-style graphs keep only inputs."""
     qkv, lw, lb, *rest = ctx.saved_tensors
     depthwise, pointwise, nw, nb, nm, nv = (list(rest[i : i + 4]) for i in range(0, 24, 4))
-    height, width = ctx.size
+    parameters = AggregateParameters(depthwise, pointwise, nw, nb, lw, lb)
     eps, layer_norm_eps = ctx.eps
     if torch.is_grad_enabled():
-        outputs = composed_aggregate(qkv, ctx.size, depthwise, pointwise, nw, nb, (nm, nv), (lw, lb), ctx.eps)
-        inputs = [qkv, *depthwise, *pointwise, *nw, *nb, lw, lb]
+        outputs = composed_aggregate(qkv, ctx.size, parameters, (nm, nv), ctx.eps)
+        inputs = [qkv, *parameters.flat()]
         found = differentiable_gradients(outputs, (grad_mixed, grad_local), inputs)
         groups = [found[i : i + 4] for i in range(1, 17, 4)]
         return found[0], None, None, *groups, [None] * 4, [None] * 4, *found[17:], None, None
     premix, prelocal, local, _, _ = ops.group_mix_mix(
-        qkv, height, width, depthwise, pointwise, lw, lb, layer_norm_eps
+        qkv, *ctx.size, depthwise, pointwise, lw, lb, layer_norm_eps
     )
     mean, var = torch.stack(nm), torch.stack(nv)
     if grad_mixed is None:
@@ -200,24 +205,10 @@ def _aggregate_backward(ops: Any, ctx: Any, grad_mixed: Tensor | None, grad_loca
     if grad_local is None:
         grad_local = torch.zeros_like(local)
     sums = ops.group_mix_backward_reduce(grad_mixed, qkv, premix, nw, nb, mean, var, eps)
-    saved = {
-        "qkv": qkv,
-        "premix": premix,
-        "prelocal": prelocal,
-        "height": height,
-        "width": width,
-        "depthwise": depthwise,
-        "pointwise": pointwise,
-        "norm_weight": nw,
-        "norm_bias": nb,
-        "mean": mean,
-        "var": var,
-        "layer_norm_weight": lw,
-        "layer_norm_bias": lb,
-        "eps": eps,
-        "layer_norm_eps": layer_norm_eps,
-    }
-    grad_qkv, grads = aggregate_backward(ops, grad_mixed, grad_local, saved, None, 1.0)
+    grad_qkv, grads = aggregate_backward(
+        ops, grad_mixed, grad_local, qkv, premix, prelocal, ctx.size, parameters, (mean, var), ctx.eps, None,
+        1.0,
+    )  # fmt: skip
     grad_nw, grad_nb = norm_gradients(sums, nw, nb)
     nothing = [None] * 4
     return (

@@ -39,16 +39,19 @@ def segmented_depthwise_conv2d(
     slices are read in place: no segment of the input is copied.
 
     Args:
-        input: (N, C, H, W).
+        input: (N, C, H, W), of a dtype that :func:`lkconv.depthwise_conv2d` takes.
         weights: one (c_i, 1, kh, kw) with odd kh and kw per segment, or None for an identity.
-        biases: one (c_i,) or None per segment; None for no biases.
+        biases: one (c_i,) or None per segment; None for no biases. Both in input's dtype.
         splits: channels of the segments; taken from the weights when at most one of them is None.
 
     Returns:
-        (N, C, H, W), the segments in order.
+        (N, C, H, W), the segments in order, in input's dtype.
 
     Raises:
-        ValueError: a weight, bias or split does not fit its segment, or a window is even.
+        TypeError: a weight's or bias's dtype is not input's.
+        ValueError: ``input`` is not 4-D, ``biases`` or ``splits`` has not one entry per weight, ``splits`` is
+            missing with several identities, a weight, bias or split does not fit its segment, or a window is
+            even.
     """
     if input.dim() != 4:
         raise ValueError(f"input must be (N, C, H, W), got shape {tuple(input.shape)}")

@@ -14,13 +14,16 @@ class ACBlock(BranchSumBlock):
     """``bn(conv K x K) + bn(conv K x 1) + bn(conv 1 x K)``, merged into one K x K convolution ``fused_conv``.
 
     Training form: ``square_``, ``ver_`` and ``hor_`` with ``conv`` and ``bn``. A strip is padded by p along
-        itself
-    and by p - K/2 across; where that is negative (padding below half the kernel) its input is cropped
-    instead.
+    itself and by p - dilation (K // 2) across; where that is negative (padding below half the kernel) its
+    input is cropped instead.
 
     Args:
         As ``nn.Conv2d``; kernel_size is odd. deploy: build the merged form. use_affine: of the batch norms.
         reduce_gamma: start all three gammas at 1/3. gamma_init: start them at this value.
+
+    Raises:
+        ValueError: for an even kernel, a padding mode other than zeros, groups that do not divide the
+            channels, or both reduce_gamma and gamma_init.
     """
 
     merged_name = "fused_conv"

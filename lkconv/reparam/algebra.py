@@ -23,7 +23,9 @@ from lkconv.reparam.geometry import Geometry, place_geometry
 class Branch:
     """One linear branch: ``scale * conv(input, weight) + bias``, all per output channel.
 
-    weight: (O, I / groups, kh, kw); scale, bias: (O,) or None; name: how error messages call it.
+    weight: (O, I / groups, kh, kw); geometry: where it lies, ``kernel_size`` being (kh, kw); scale, bias:
+    (O,) or None; each in any floating dtype. name: how error messages call it. What takes branches checks
+    them.
     """
 
     weight: Tensor
@@ -39,12 +41,14 @@ def place(weight: Tensor, branch: Geometry, target: Geometry, name: str = "branc
     Args:
         weight: (O, I / groups, kh, kw), kh and kw those of ``branch``.
         branch, target: geometries of the branch and of the kernel it moves into.
+        name: how error messages call the branch.
 
     Returns:
         (O, I / groups, *target.kernel_size), same dtype.
 
     Raises:
-        ValueError: if the branch's taps do not fit, or strides, groups, padding modes or output sizes differ.
+        ValueError: if ``weight`` has another kernel size, the branch's taps do not fit, strides, groups or
+            output sizes differ, or a padding mode is not zeros.
     """
     check_kernel_size(weight, branch, name)
     return spread_and_pad(weight, place_geometry(branch, target, name), target.kernel_size)
@@ -145,7 +149,10 @@ def compose_1x1(
         first: (M, I / groups, 1, 1); second: (O, M / groups, kh, kw); biases: (M,), (O,) or None.
 
     Returns:
-        (O, I / groups, kh, kw) and (O,), in float32 or float64.
+        (O, I / groups, kh, kw) and (O,), in float32 (float64 if any operand is).
+
+    Raises:
+        ValueError: if ``first`` is not 1x1, or ``second`` does not follow its channels in these groups.
     """
     middle, out = first.shape[0], second.shape[0]
     if tuple(first.shape[2:]) != (1, 1):

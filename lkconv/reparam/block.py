@@ -18,12 +18,18 @@ from lkconv.reparam.geometry import Geometry
 class ReparamBlock(nn.Module):
     """A block with a training form of several branches and a merged form of one layer.
 
+    Shapes: (N, in_channels, H, W) -> (N, out_channels, H', W'), in the parameters' dtype or what autocast
+    makes of it. Kernels are folded in float32 (float64 stays float64).
+
     A subclass sets ``merged_name`` (the merged layer's attribute), passes its geometry and channel counts to
     ``__init__``, keeps the constructor arguments that rebuild it in ``self._config`` and implements
     :meth:`_training_children`, :meth:`_fold` and :meth:`_forward_training`.
 
     Nothing derived from a parameter is kept between calls, so deep copies, pickling and averaging of
     weights see parameters and buffers only.
+
+    Raises:
+        ValueError: if the groups do not divide both channel counts.
     """
 
     merged_name = "reparam"
@@ -68,8 +74,11 @@ class ReparamBlock(nn.Module):
     def get_equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
         """The single kernel (O, I / groups, kh, kw) and bias (O,) that equal all branches.
 
-        Differentiable in every branch parameter; uses the running statistics of batch norms. In the merged
-        form these are the layer's own parameters.
+        Differentiable in every branch parameter, in the parameters' dtype; uses the running statistics of
+        batch norms. In the merged form these are the layer's own parameters.
+
+        Raises:
+            ValueError: if a batch norm keeps no running statistics.
         """
         if self.is_merged:
             layer = self._modules[self.merged_name]
@@ -85,6 +94,9 @@ class ReparamBlock(nn.Module):
 
         The merged layer equals the branches in evaluation mode; in training mode they would normalise by the
         batch, so merging then warns.
+
+        Raises:
+            ValueError: as :meth:`get_equivalent_kernel_bias`.
         """
         if self.is_merged:
             return
@@ -110,7 +122,7 @@ class ReparamBlock(nn.Module):
         self.reparameterize()
 
     def linear_forward(self, input: Tensor) -> Tensor:
-        """The convolution of the block, without what follows it."""
+        """The convolution of the block, (N, out_channels, H', W'), without what follows it."""
         if self.is_merged:
             return self._modules[self.merged_name](input)  # type: ignore[misc]
         return self._forward_training(input)
@@ -211,7 +223,11 @@ class ReparamBlock(nn.Module):
 
 
 class BranchSumBlock(ReparamBlock):
-    """A block whose training form is a sum of convolution + batch-norm branches."""
+    """A block whose training form is a sum of convolution + batch-norm branches.
+
+    A subclass implements :meth:`_parts`; shapes, dtypes and errors are those of :class:`ReparamBlock`. In
+    training :func:`run_branches` chooses the path.
+    """
 
     def _parts(self) -> Sequence[ConvBN]:
         """The live branches of the training form."""

@@ -22,9 +22,11 @@ from lkconv.reparam.planner import Situation, plan, preferred_path
 
 @dataclass
 class ConvBN:
-    """``bn(conv(x))``. conv None is the identity, bn None leaves the convolution as it is.
+    """``bn(conv(x))``, (N, C, H, W) -> (N, O, H', W'). conv None is the identity, bn None leaves the
+    convolution as it is.
 
-    crop (height, width): pixels cut from each side of the input before the convolution.
+    name: how error messages call the branch. crop (height, width): pixels cut from each side of the input
+    before the convolution.
     """
 
     name: str
@@ -106,7 +108,24 @@ def _same_kind(parts: Sequence[ConvBN]) -> bool:
 
 
 def run_branches(input: Tensor, parts: Sequence[ConvBN], target: Geometry, out_channels: int) -> Tensor:
-    """The sum of all branches, by whichever path :func:`lkconv.reparam.planner.plan` picks."""
+    """The sum of all branches, by whichever path :func:`lkconv.reparam.planner.plan` picks.
+
+    Batch norms that train update their running statistics, as when they are called.
+
+    Args:
+        input: (N, C, H, W), in the parameters' dtype or what autocast makes of it.
+        parts: at least one branch.
+        target: the convolution into which all of them fit.
+        out_channels: O of every branch.
+
+    Returns:
+        (N, O, H', W').
+
+    Raises:
+        ValueError: if a branch does not fit into the target where they run merged, or statistics are taken of
+            a single value per channel.
+        RuntimeError: in a double backward through statistics shared between processes.
+    """
     batch_statistics = tuple(p.uses_batch_statistics() for p in parts)
     plain = all(p.is_plain() for p in parts)
     fusable = plain and _same_kind(parts) if any(batch_statistics) else plain

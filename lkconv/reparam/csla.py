@@ -45,14 +45,18 @@ class LinearAddBlock(ReparamBlock):
     """``relu(se(bn(a3 conv 3x3 + a1 conv 1x1 + a0 x)))``, merged into one convolution ``reparam_conv``.
 
     Training form: ``conv``, ``scale_conv``, ``conv_1x1``, ``scale_1x1``, ``scale_identity`` (if in_channels
-        equals
-    out_channels and the stride is 1), ``bn``. No branch is normalised, so it runs merged while training too.
+    equals out_channels and the stride is 1), ``bn``. No branch is normalised, so it runs merged while
+    training too.
 
     Args:
-        As ``nn.Conv2d``; kernel_size is odd, padding half the dilated kernel. use_se: a gate before the
-        activation.
-        is_csla: constant scales (no gradient). conv_scale_init: initial a3 and a1. deploy: build the merged
-            form.
+        As ``nn.Conv2d``; kernel_size is odd, padding half the dilated kernel.
+        use_se: a squeeze-and-excitation gate before the activation.
+        is_csla: constant scales (no gradient). conv_scale_init: initial a3 and a1.
+        deploy: build the merged form.
+
+    Raises:
+        ValueError: for another kernel size or padding, a padding mode other than zeros, or groups that do not
+            divide the channels.
     """
 
     merged_name = "reparam_conv"

@@ -75,6 +75,10 @@ class DiverseBranchBlock(ReparamBlock):
             for a depthwise block.
         deploy: build the merged form. nonlinear: module applied to the sum. single_init: start as dbb_origin
             alone.
+
+    Raises:
+        ValueError: for another dilation, kernel size or padding, groups that do not divide the channels, or a
+            depthwise block (groups >= out_channels) with in_channels other than out_channels.
     """
 
     merged_name = "dbb_reparam"

@@ -24,6 +24,10 @@ class FastViTReparamLargeKernelConv(BranchSumBlock):
         in_chs, out_chs, kernel_size, stride: as ``nn.Conv2d``; padding is half the kernel.
         group_size: input channels per group; 0 for dense, 1 for depthwise.
         small_kernel: k or None. use_se, act_layer: what follows. inference_mode: build the merged form.
+
+    Raises:
+        ValueError: if the small kernel exceeds the large one or differs in parity, or the groups do not
+            divide the channels.
     """
 
     merged_name = "reparam_conv"
@@ -102,6 +106,11 @@ class RepMixer(ReparamBlock):
     Args:
         dim: channels. kernel_size: of the mixer, odd.
         layer_scale_init_value: initial factor, None for none. inference_mode: build the merged form.
+
+    Shapes: (N, dim, H, W) to the same.
+
+    Raises:
+        ValueError: for an even kernel.
     """
 
     merged_name = "reparam_conv"
@@ -156,6 +165,12 @@ class RepConditionalPosEnc(BranchSumBlock):
     Args:
         dim: channels. dim_out: must equal dim (the identity needs it); None means dim.
         spatial_shape: kernel size, odd. inference_mode: build the merged form.
+
+    Shapes: (N, dim, H, W) to the same.
+
+    Raises:
+        TypeError: if spatial_shape is neither an int nor a pair.
+        ValueError: for an even kernel or another dim_out.
     """
 
     merged_name = "reparam_conv"

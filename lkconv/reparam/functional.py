@@ -19,10 +19,9 @@ def merged_depthwise_conv2d(input: Tensor, branches: Sequence[Branch], target: G
 
     The branches' kernels are placed, scaled and summed in float32 (float64 if any is), cast to the input's
     dtype last, and convolved once. The backward pass is one backward_input and one backward_weight on the
-    merged kernel,
-    gathered into the gradient of every weight, scale and bias: exact wherever scales and biases do not depend
-        on
-    the batch (evaluation, frozen batch norm, learned scales, no normalisation). Twice differentiable.
+    merged kernel, gathered into the gradient of every weight, scale and bias: exact wherever scales and
+    biases do not depend on the batch (evaluation, frozen batch norm, learned scales, no normalisation).
+    Twice differentiable.
 
     Args:
         input: (N, C, H, W), C = target.groups; float64, float32, float16 or bfloat16.
@@ -33,8 +32,9 @@ def merged_depthwise_conv2d(input: Tensor, branches: Sequence[Branch], target: G
         (N, C m, H', W') in the input's dtype and memory format.
 
     Raises:
-        TypeError: if an argument is not of the type above.
-        ValueError: naming the branch and the condition it violates.
+        TypeError: ``input`` is not a tensor of one of these dtypes.
+        ValueError: ``input`` is not 4-D, its channels are not the target's groups or do not divide the output
+            channels, or there is no branch; else naming the branch and the condition it violates.
     """
     if not isinstance(input, Tensor) or not input.is_floating_point():
         raise TypeError(

@@ -23,9 +23,10 @@ def to_pair(name: str, value: Any) -> Pair:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Everything about a 2-D convolution but its values; pairs are (height, width).
+    """Everything about a 2-D convolution but its values; pairs are (height, width), in pixels.
 
-    A negative padding crops the input instead, as ACNet does when its padding is below half its kernel.
+    A negative padding crops the input instead, as ACNet does when its padding is below half its kernel. The
+    constructor takes pairs as they are; :meth:`make` checks.
     """
 
     kernel_size: Pair
@@ -44,7 +45,13 @@ class Geometry:
         groups: int = 1,
         padding_mode: str = "zeros",
     ) -> Geometry:
-        """A Geometry from ints or pairs, as the arguments of ``nn.Conv2d`` are written."""
+        """A Geometry from ints or pairs, as the arguments of ``nn.Conv2d`` are written.
+
+        Raises:
+            TypeError: if one that should be is neither an int nor a pair.
+            ValueError: for a sequence of another length, or if kernel size, stride, dilation or groups is
+                below 1.
+        """
         geometry = Geometry(
             to_pair("kernel_size", kernel_size),
             to_pair("stride", stride),
@@ -62,7 +69,11 @@ class Geometry:
 
     @staticmethod
     def of(conv: nn.Conv2d) -> Geometry:
-        """The geometry of a layer. ``padding="same"`` must be symmetric, as it is for odd kernels."""
+        """The geometry of a layer.
+
+        Raises:
+            ValueError: for ``padding="same"`` where it is asymmetric, as for an even kernel.
+        """
         padding: Any = conv.padding
         if padding == "valid":
             padding = (0, 0)

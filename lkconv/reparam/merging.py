@@ -30,6 +30,10 @@ def merge(model: nn.Module, inplace: bool = False) -> nn.Module:
     Returns:
         The merged model: in evaluation mode it computes what ``model`` computes in evaluation mode.
 
+    Raises:
+        ValueError: if a block's batch norm keeps no running statistics, or pruning would leave a
+            :class:`ResRepBlock` no channel.
+
     Warns:
         UserWarning: if ``model`` is in training mode, where batch norms use other statistics than merging
             does.

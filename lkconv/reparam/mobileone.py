@@ -52,6 +52,10 @@ class MobileOneBlock(_MobileOneBody):
     Args:
         As ``nn.Conv2d``, padding half the dilated kernel. inference_mode: build the merged form.
         use_se: squeeze-and-excitation before the activation. num_conv_branches: number of k x k branches.
+
+    Raises:
+        ValueError: for another padding, groups that do not divide the channels, or a block without any
+            branch.
     """
 
     def __init__(
@@ -97,6 +101,9 @@ class FastViTMobileOneBlock(_MobileOneBody):
         group_size: input channels per group; 0 for a dense convolution, 1 for a depthwise one.
         inference_mode: build the merged form. use_se, use_act, act_layer: what follows the convolution.
         use_scale_branch: the 1x1 branch. num_conv_branches: number of k x k branches, possibly 0.
+
+    Raises:
+        ValueError: if the groups do not divide the channels, or for a block without any branch.
     """
 
     kxk_name, scale_name, skip_name = "conv_kxk", "conv_scale", "identity"

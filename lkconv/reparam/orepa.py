@@ -35,15 +35,21 @@ def frequency_prior(out_channels: int, kernel_size: int) -> Tensor:
 class OREPA(ReparamBlock):
     """``nonlinear(bn(conv(x, sum_b v_b W_b)))``, merged into one convolution ``orepa_reparam``.
 
-    Parameter names:
-        ``weight_orepa_{origin,avg_conv,pfir_conv,1x1,1x1_kxk_idconv1,1x1_kxk_conv2,gconv_dw,gconv_pw}``,
-    ``vector`` (6, O), ``bn``; buffers ``weight_orepa_{avg_avg,prior}`` and ``id_tensor``.
+    Parameter names: ``weight_orepa_`` with ``origin``, ``avg_conv``, ``pfir_conv``, ``1x1``,
+    ``1x1_kxk_idconv1``, ``1x1_kxk_conv2``, ``gconv_dw`` and ``gconv_pw``; ``vector`` (6, O), ``bn``; buffers
+    ``weight_orepa_{avg_avg,prior}`` and ``id_tensor``.
 
     Args:
-        As ``nn.Conv2d``; padding is half the dilated kernel. internal_channels_1x1_3x3: channels of the
-            1x1 - k x k branch. deploy: build the merged form. nonlinear: module applied last.
+        As ``nn.Conv2d``; kernel_size is odd and padding kernel_size // 2, whatever the dilation.
+        internal_channels_1x1_3x3: channels inside the 1x1 - k x k branch; by default in_channels, twice that
+            for more than four groups.
+        deploy: build the merged form. nonlinear: module applied last.
         single_init: start as the k x k branch alone.
-        init_hyper_para, init_hyper_gamma: factors on the initial weights and scales.
+        init_hyper_para, init_hyper_gamma: the initial weights are scaled by the first (those of the two-layer
+            separable branch each by its root), the initial scales by the root of the second.
+
+    Raises:
+        ValueError: for another kernel size or padding, or groups that do not divide the channels.
     """
 
     merged_name = "orepa_reparam"

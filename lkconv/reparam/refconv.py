@@ -21,6 +21,9 @@ class RefConv(ReparamBlock):
     Args:
         As ``nn.Conv2d``; padding None means half the kernel. map_k: kernel size of the map, odd, at most
             kernel_size. deploy: build the merged form. There is no bias.
+
+    Raises:
+        ValueError: for another map_k, or groups that do not divide the channels.
     """
 
     merged_name = "reparam_conv"

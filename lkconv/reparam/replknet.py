@@ -20,7 +20,8 @@ class ReparamLargeKernelConv(BranchSumBlock):
         small_kernel_merged: build the merged form.
 
     Raises:
-        ValueError: if the small kernel exceeds the large one, or their sizes differ in parity.
+        ValueError: if the small kernel exceeds the large one or their sizes differ in parity, or the groups
+            do not divide the channels.
     """
 
     merged_name = "lkb_reparam"

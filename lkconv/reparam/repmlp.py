@@ -47,8 +47,7 @@ class RepMLPBlock(ReparamBlock):
     """A fully-connected layer over h x w patches plus convolutions on them, merged into the layer ``fc3``.
 
     Training form: ``fc3`` (no bias), ``fc3_bn``, ``repconv{k}.{conv,bn}``; merged form: ``fc3`` with bias.
-        Both have
-    the global perceptron ``gp``.
+    Both have the global perceptron ``gp``.
 
     Args:
         in_channels, out_channels: equal; a multiple of num_sharesets.
@@ -56,6 +55,12 @@ class RepMLPBlock(ReparamBlock):
         globalperceptron_reduce: reduction of the gate. num_sharesets: S, sets of weights; channels are dealt
             to them.
         deploy: build the merged form.
+
+    Shapes: (N, in_channels, H, W) to the same.
+
+    Raises:
+        ValueError: if the channel counts differ or are no multiple of num_sharesets, for an even kernel, and
+            on a call for an input that the patches do not cover exactly.
     """
 
     merged_name = "fc3"

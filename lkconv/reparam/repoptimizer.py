@@ -46,11 +46,12 @@ def gradient_multipliers(
         rule: "sgd" (sum of squares) or "adamw" (sum of magnitudes).
 
     Returns:
-        Tensor of ``weight_shape``. For RepVGG's branches under SGD: a3^2 everywhere, + a1^2 at the centre,
-        + a0^2 at the centre of the diagonal.
+        Tensor of ``weight_shape`` in the scales' dtype. For RepVGG's branches under SGD: a3^2 everywhere,
+        + a1^2 at the centre, + a0^2 at the centre of the diagonal.
 
     Raises:
-        ValueError: for another rule, lists of different lengths, or a branch that does not fit.
+        ValueError: for another rule, empty lists or lists of different lengths, a scale of another shape, a
+            branch that does not fit, or a weight_shape that is not the target's.
     """
     if rule not in _POWERS:
         raise ValueError(f"rule must be one of {sorted(_POWERS)}, got {rule!r}")
@@ -82,7 +83,18 @@ def gradient_multipliers(
 
 
 def block_multiplier(block: LinearAddBlock, rule: str = "sgd") -> Tensor:
-    """The multiplier for the merged kernel of a trained :class:`LinearAddBlock`, from its scales."""
+    """The multiplier for the merged kernel of a trained :class:`LinearAddBlock`, from its scales.
+
+    Args:
+        block: in its training form.
+        rule: as for :func:`gradient_multipliers`.
+
+    Returns:
+        (O, I / groups, kh, kw), in the scales' dtype.
+
+    Raises:
+        ValueError: for another rule.
+    """
     kernels = block.scaled_kernels()
     shape = block.conv.weight.shape
     return gradient_multipliers(
@@ -109,6 +121,9 @@ class RepSGD(torch.optim.SGD):
         params, and all keyword arguments: as ``torch.optim.SGD``.
         multipliers: parameter -> tensor of its shape (:func:`gradient_multipliers` with rule "sgd").
             Parameters without one are optimised as usual. ``.grad`` is left as backward made it.
+
+    Raises:
+        ValueError: if a multiplier has another shape than its parameter.
     """
 
     def __init__(self, params: Iterable[Any], multipliers: Mapping[Tensor, Tensor], **kwargs: Any) -> None:
@@ -138,6 +153,10 @@ class RepAdamW(torch.optim.AdamW):
     Args:
         params, and all keyword arguments: as ``torch.optim.AdamW``.
         multipliers: parameter -> tensor of its shape (:func:`gradient_multipliers` with rule "adamw").
+            Parameters without one are optimised as usual.
+
+    Raises:
+        ValueError: if a multiplier has another shape than its parameter.
     """
 
     def __init__(self, params: Iterable[Any], multipliers: Mapping[Tensor, Tensor], **kwargs: Any) -> None:

@@ -14,15 +14,15 @@ class RepVGGBlock(BranchSumBlock):
     """``relu(se(bn(conv 3x3) + bn(conv 1x1) + bn(x)))``, merged into one 3x3 convolution with bias.
 
     Training form: ``rbr_dense.{conv,bn}``, ``rbr_1x1.{conv,bn}`` and ``rbr_identity`` (None unless
-        in_channels
-    equals out_channels and the stride is 1); merged form: ``rbr_reparam``.
+    in_channels equals out_channels and the stride is 1); merged form: ``rbr_reparam``.
 
     Args:
         As ``nn.Conv2d``; kernel_size is 3 and padding equals dilation. deploy: build the merged form.
         use_se: a squeeze-and-excitation gate before the activation.
 
     Raises:
-        ValueError: for another kernel size or padding, or a padding mode other than zeros.
+        ValueError: for another kernel size or padding, a padding mode other than zeros, or groups that do not
+            divide the channels.
     """
 
     merged_name = "rbr_reparam"

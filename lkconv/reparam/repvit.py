@@ -28,6 +28,11 @@ class RepVGGDW(ReparamBlock):
 
     Args:
         ed: channels. kernel_size: odd. legacy: the first published form. deploy: build the merged form.
+
+    Shapes: (N, ed, H, W) to the same.
+
+    Raises:
+        ValueError: for an even kernel.
     """
 
     merged_name = "reparam_conv"

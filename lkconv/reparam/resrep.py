@@ -20,7 +20,10 @@ def fold_compactor(weight: Tensor, bias: Tensor | None, compactor: Tensor) -> tu
         weight: (O, I, kh, kw); bias: (O,) or None; compactor: (O', O, 1, 1).
 
     Returns:
-        (O', I, kh, kw) and (O',), in float32 or float64.
+        (O', I, kh, kw) and (O',), in float32 (float64 if any operand is).
+
+    Raises:
+        ValueError: if the compactor is not (O', O, 1, 1).
     """
     require(
         tuple(compactor.shape[1:]) == (weight.shape[0], 1, 1),
@@ -39,6 +42,9 @@ class CompactorLayer(nn.Module):
 
     Args:
         num_features: channels. conv_idx: number of the convolution it follows (bookkeeping of the caller).
+
+    Shapes: (N, num_features, H, W) to the same; ``pwc.weight`` Q (num_features, num_features, 1, 1), ``mask``
+    (num_features,).
     """
 
     def __init__(self, num_features: int, conv_idx: int = 0) -> None:
@@ -66,6 +72,9 @@ class ResRepBlock(ReparamBlock):
             changes the number of output channels, so the next layer must be pruned by the same rows:
             :meth:`surviving_channels`.
         deploy: build the merged form (with all output channels).
+
+    Raises:
+        ValueError: on merging, if the threshold leaves no output channel.
     """
 
     merged_name = "reparam_conv"

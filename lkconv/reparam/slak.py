@@ -28,6 +28,10 @@ class SLaKReparamLargeKernelConv(ReparamBlock):
         in_channels, out_channels, groups: all equal. kernel_size: K, odd. stride: of all.
         small_kernel: k, odd; at k = K there is no square branch. small_kernel_merged: build the merged form.
         Decom: must be True; without strips use :class:`lkconv.reparam.ReparamLargeKernelConv`.
+
+    Raises:
+        ValueError: for an even kernel, a small one that exceeds the large one, Decom False, or groups that do
+            not divide the channels.
     """
 
     merged_name = "strip_vertical"

@@ -30,14 +30,15 @@ class DilatedReparamBlock(BranchSumBlock):
     """``bn(conv K x K) + sum of bn(conv k x k, dilation r)``, depthwise, merged into one K x K convolution.
 
     Training form: ``lk_origin.weight``, ``origin_bn``, ``dil_conv_k{k}_{r}``, ``dil_bn_k{k}_{r}``; merged
-        form:
-    ``lk_origin.{weight,bias}``.
+    form: ``lk_origin.{weight,bias}``.
 
     Args:
-        channels: C. kernel_size: K.
+        channels: C. kernel_size: K, odd.
         deploy: build the merged form. use_sync_bn: SyncBatchNorm instead of BatchNorm2d.
         attempt_use_lk_impl: accepted for the official signature; the fast layer is always used.
         branches: (k, r) of every dilated branch; by default ``DILATED_BRANCHES[kernel_size]``.
+
+    Shapes: (N, C, H, W) to the same.
 
     Raises:
         ValueError: for a kernel size without default branches, or a branch that does not fit into it.
@@ -150,6 +151,9 @@ def fold_unireplknet_block(block: nn.Module) -> nn.Module:
 
     Returns:
         The block, computing in evaluation mode what it computed before. Calling it again changes nothing.
+
+    Raises:
+        ValueError: if a child is missing.
     """
     missing = [name for name in ("dwconv", "norm", "act", "pwconv2", "gamma") if not hasattr(block, name)]
     require(not missing, f"{type(block).__name__} is not a UniRepLKNet block: it has no {', '.join(missing)}")
