@@ -6,6 +6,7 @@
 #include "direct.h"
 #include "direct_weight.h"
 #include "planar.h"
+#include "planar_in_place.h"
 #include "fft.h"
 #include "fft_conv.h"
 #include "merge.h"
@@ -23,6 +24,11 @@ inline constexpr Kernels kKernels = {
     forward_direct<float>,
     forward_direct<double>,
     forward_planar,
+#if LKCONV_AVX512
+    forward_pixels,
+#else
+    nullptr,
+#endif
     forward_fft,
     weight_direct<float>,
     weight_direct<double>,

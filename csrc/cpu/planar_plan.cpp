@@ -14,6 +14,9 @@ constexpr double kStridedLoads = 1.8;  // one for each product, in the same term
 constexpr double kBlock = 25;          // a block's call, its sums in and out
 constexpr double kKernelTap = 2;       // one tap to scratch
 constexpr double kPlane = 150;
+constexpr double kPixelLoad = 1.9;  // in place most loads cross a cache line, at the multiply-adds' pace
+constexpr double kPixelBlock = 40;
+constexpr double kPixelPlane = 30;
 
 // Share of the kernel's rows that blocks of output rows meet inside the image.
 double rows_inside(const Geometry& g, int64_t block_rows) {
@@ -26,6 +29,12 @@ double rows_inside(const Geometry& g, int64_t block_rows) {
     inside += double(u1 - u0);
   }
   return inside / double(std::max<int64_t>(1, g.kernel_h * ceil_div(g.out_height, block_rows)));
+}
+
+// Whether a block's pixels can be read in place: it lies inside the output, and there are masked loads.
+bool in_place(const Geometry& g, const PlanarBlock& b, DType dtype, const Machine& m) {
+  return m.isa >= Isa::avx512 && dtype == DType::f32 && g.phases == 1 && g.stride_h == 1 && g.stride_w == 1 &&
+         g.out_height >= b.rows && g.out_width > (b.vectors - 1) * m.lanes_f32;
 }
 
 struct Count {
@@ -43,6 +52,36 @@ Count count_plane(const Geometry& g, const PlanarBlock& b, int64_t tile_h, int64
   c.loads = g.stride_h == 1 && g.dil_h == 1 ? down * across * double(b.vectors * g.kernel_w) * inside *
                                                   (parts * double(b.rows - 1) + double(g.kernel_h))
                                             : kStridedLoads * c.products;
+  return c;
+}
+
+// The same for pixels read in place, where rows outside the image take neither loads nor products.
+Count count_in_place(const Geometry& g, const PlanarBlock& b, int64_t lanes) {
+  const auto inside = [](int64_t first, int64_t rows, int64_t size) {
+    return double(std::clamp<int64_t>(size - first, 0, rows) - std::clamp<int64_t>(-first, 0, rows));
+  };
+  double columns = 0, pairs = 0, rows = 0, parts = 0;
+  const int64_t width = b.vectors * lanes;
+  for (int64_t x = 0; x < g.out_width; x += width) {
+    const int64_t first = std::max<int64_t>(0, std::min(x, g.out_width - width)) - g.pad_w;
+    int64_t v0, v1;
+    clip_taps(first, std::min(first + width, g.out_width - g.pad_w) - 1, g.width, g.kernel_w, g.dil_w, v0,
+              v1);
+    columns += double((v1 - v0) * b.vectors);
+  }
+  for (int64_t y = 0; y < g.out_height; y += b.rows) {
+    const int64_t first = std::min(y, g.out_height - b.rows) - g.pad_h;
+    int64_t u0, u1;
+    clip_taps(first, first + b.rows - 1, g.height, g.kernel_h, g.dil_h, u0, u1);
+    for (int64_t u = u0; u < u1; ++u) pairs += inside(first + u * g.dil_h, b.rows, g.height);
+    const double together = g.dil_h == 1 ? double(ceil_div(u1 - u0, 8)) : 1;
+    parts += std::max(1.0, together);
+    rows += inside(first + u0, u1 - u0 + b.rows - 1, g.height) + (together - 1) * double(b.rows - 1);
+  }
+  Count c;
+  c.products = columns * pairs;
+  c.loads = g.dil_h == 1 ? columns * rows : kStridedLoads * c.products;
+  c.blocks = parts * double(ceil_div(g.out_width, width));
   return c;
 }
 
@@ -105,6 +144,18 @@ PlanarSizes planar_sizes(const PlanarProblem& p, const Plan& plan) {
   return s;
 }
 
+PixelSizes pixel_sizes(const Geometry& g, const Plan& plan) {
+  const PlanarBlock& block = kPlanarBlocks[plan.block];
+  const int64_t blocks = ceil_div(g.out_width, block.vectors * plan.lanes);
+  const auto bytes = [](int64_t count, size_t size) { return round_up(count * int64_t(size), 64); };
+  PixelSizes s{};
+  s.columns = bytes(g.kernel_w, sizeof(int64_t));
+  s.ranges = bytes(blocks, 2 * sizeof(int64_t));
+  s.masks = bytes(blocks * g.kernel_w * block.vectors, sizeof(uint16_t));
+  s.bytes = s.columns + s.ranges + s.masks;
+  return s;
+}
+
 const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
                         Plan& plan) {
   plan.algorithm = Algorithm::planar;
@@ -118,17 +169,24 @@ const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtyp
   for (int64_t i = 0; i < planar_blocks(m.many_registers); ++i) {
     Plan p = plan;
     p.block = i;
-    p.tile_h = 1;
-    p.tile_h = tile_rows(g, kPlanarBlocks[i], sizes_of_one(g, reduce, p).row * int64_t(sizeof(float)));
-    const Count c = count_plane(g, kPlanarBlocks[i], p.tile_h, m.lanes_f32);
+    p.in_place = in_place(g, kPlanarBlocks[i], dtype, m);
+    if (!p.in_place && plan.in_place) continue;
+    p.tile_h = p.in_place ? g.out_height : 1;
+    if (!p.in_place)
+      p.tile_h = tile_rows(g, kPlanarBlocks[i], sizes_of_one(g, reduce, p).row * int64_t(sizeof(float)));
+    const Count c = p.in_place ? count_in_place(g, kPlanarBlocks[i], m.lanes_f32)
+                               : count_plane(g, kPlanarBlocks[i], p.tile_h, m.lanes_f32);
     const double taps = double(g.kernel_h * g.kernel_w);
-    p.cycles =
-        double(reduce) * (c.products + kLoad * c.loads + kBlock * c.blocks + kKernelTap * taps) + kPlane;
+    const double once = p.in_place
+                            ? std::max(1.09 * c.products, kPixelLoad * c.loads) + kPixelBlock * c.blocks
+                            : c.products + kLoad * c.loads + kBlock * c.blocks + kKernelTap * taps;
+    p.cycles = double(reduce) * once + (p.in_place ? kPixelPlane : kPlane);
     p.flops = 2 * double(m.lanes_f32 * g.batch * g.channels * reduce) * c.products;
     if (p.cycles < best) best = p.cycles, plan = p;
   }
   plan.cycles *= double(g.batch * g.channels);
-  plan.scratch_bytes = sizes_of_one(g, reduce, plan).elements * int64_t(sizeof(float));
+  plan.scratch_bytes = plan.in_place ? pixel_sizes(g, plan).bytes
+                                     : sizes_of_one(g, reduce, plan).elements * int64_t(sizeof(float));
   return plan.scratch_bytes > kMaxScratchBytes ? "its scratch memory would exceed the limit" : nullptr;
 }
 

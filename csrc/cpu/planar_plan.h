@@ -13,7 +13,7 @@ namespace lkconv::cpu {
 struct PlanarBlock {
   int64_t rows, vectors;
 };
-constexpr PlanarBlock kPlanarBlocks[] = {{7, 1}, {8, 1}, {14, 1}, {7, 2}, {8, 2}, {7, 3}};
+constexpr PlanarBlock kPlanarBlocks[] = {{7, 1}, {8, 1}, {14, 1}, {7, 2}, {8, 2}, {7, 3}, {12, 1}, {10, 2}};
 constexpr int64_t kPlanarBlockCount = sizeof(kPlanarBlocks) / sizeof(kPlanarBlocks[0]);
 // Blocks that an instruction set with so few registers can hold: a prefix of the list.
 constexpr int64_t planar_blocks(bool many_registers) { return many_registers ? kPlanarBlockCount : 1; }
@@ -38,6 +38,13 @@ struct PlanarSizes {
   int64_t taps, elements;       // kernel elements of all phases; elements of the scratch in all
 };
 PlanarSizes planar_sizes(const PlanarProblem& p, const Plan& plan);
+
+// The same where pixels are read in place (planar_in_place.h), in bytes of each part.
+struct PixelSizes {
+  int64_t columns, ranges, masks;
+  int64_t bytes;  // in all
+};
+PixelSizes pixel_sizes(const Geometry& g, const Plan& plan);
 
 const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
                         Plan& plan);

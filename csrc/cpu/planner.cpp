@@ -33,16 +33,16 @@ struct Costs {
   double in_place_move;     // a channels_last pixel that is read where it is
   double phase_move[2];     // a phase of backward_input writes every stride-th pixel
   double kernel_tap;        // one vector of taps to scratch
-  double planar, planar_move;
-  double fft, fft_move[2];  // whole transforms over the sum of their butterflies
+  double planar, planar_move, pixel_move;  // pixel: of planar sums that read in place
+  double fft, fft_move[2];                 // whole transforms over the sum of their butterflies
   double toeplitz, toeplitz_move[2];
   double aten_tap, aten_move, aten_far_move;  // of oneDNN; far: both tensors together leave the caches
   double aten_call;                           // what one of its calls costs beyond ours
 };
-constexpr Costs kOneMultiplier{1.12, 1.5,     {9, 18}, 2,      {22, 60}, 20, 1.0, 3,
+constexpr Costs kOneMultiplier{1.12, 1.5,     {9, 18}, 2,      {22, 60}, 20, 1.0, 3,     2.5,
                                1.55, {9, 22}, 1,       {0, 0}, 1.25,     5,  16,  160000};
 // Processors with AMX start two multiply-adds of 64 bytes per cycle; a core's share of memory is no faster.
-constexpr Costs kTwoMultipliers{0.6,  0.87,     {16, 17}, 6,       {85, 140}, 45, 0.55, 6,
+constexpr Costs kTwoMultipliers{0.6,  0.87,     {16, 17}, 6,       {85, 140}, 45, 0.55, 6,     4,
                                 1.02, {20, 12}, 0.6,      {17, 3}, 1.0,       10, 10,   310000};
 const Costs& costs_on(const Machine& m) { return m.isa == Isa::amx ? kTwoMultipliers : kOneMultiplier; }
 
@@ -257,7 +257,8 @@ const char* planar_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType 
   const Costs& c = costs_on(m);
   const double vectors = double(reduce * g.height * ceil_div(g.width, m.lanes_f32)) / double(g.phases) +
                          double(g.out_height * ceil_div(g.out_width, m.lanes_f32));
-  p.cycles = c.planar * p.cycles + c.planar_move * vectors * double(g.batch * g.channels);
+  p.cycles = c.planar * p.cycles +
+             (p.in_place ? c.pixel_move : c.planar_move) * vectors * double(g.batch * g.channels);
   return nullptr;
 }
 

@@ -1,0 +1,263 @@
+// planar.h's sums with the pixels read where they are: no window is filled. Columns of halo are lanes that a
+// masked load leaves out, rows of halo are left out of the sums. For float32 tensors at stride 1, with masked
+// loads that never touch the lanes they leave out.
+#pragma once
+
+#include "planar_plan.h"
+
+namespace lkconv::cpu::LKCONV_ISA {
+
+#if LKCONV_AVX512
+
+// One block of outputs: Y rows of X vectors. Tap (u, v) of output row y reads row y + u * dil of those that
+// begin at `in`, `in_row` apart, at columns[v]; masks[v * X + x] says which lanes of vector x lie in the
+// image.
+struct PixelBlock {
+  float* out;
+  int64_t out_row;
+  int64_t row_lanes, last_lanes;  // of a row's last vector that may be written, and of the last row's
+  const float* in;
+  int64_t in_row;
+  int64_t first, height;  // the image's row that `in` is, and how many there are
+  const int64_t* columns;
+  const uint16_t* masks;
+  int64_t count;  // columns of taps
+  const float* taps;
+  int64_t tap_row, tap_column;
+};
+
+template <int X>
+LKCONV_INLINE void load_masks(__mmask16 (&m)[X], const uint16_t* from) {
+#pragma GCC unroll 4
+  for (int x = 0; x < X; ++x) m[x] = from[x];
+}
+
+LKCONV_INLINE Vec<float> load_lanes(const float* from, __mmask16 mask) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(mask, from);
+}
+
+// Bit i: whether the image has row first + i.
+LKCONV_INLINE uint32_t rows_in_image(int64_t first, int64_t height, int64_t count) {
+  const int64_t a = std::clamp<int64_t>(-first, 0, count), b = std::clamp<int64_t>(height - first, a, count);
+  return uint32_t((uint64_t(1) << b) - (uint64_t(1) << a));
+}
+
+// The same bits, which the compiler takes for new ones: else it spreads them over the stack beforehand.
+LKCONV_INLINE uint32_t in_register(uint32_t bits) {
+  asm("" : "+r"(bits));
+  return bits;
+}
+
+template <bool kAssign, int Y, int X>
+LKCONV_INLINE void begin_pixel_sums(Vec<float> (&a)[Y][X], const PixelBlock& r, float initial) {
+  constexpr int L = kLanes<float>;
+#pragma GCC unroll 16
+  for (int y = 0; y < Y; ++y)
+#pragma GCC unroll 4
+    for (int x = 0; x < X; ++x) {
+      const int64_t lanes = x + 1 < X ? L : y + 1 < Y ? r.row_lanes : r.last_lanes;
+      a[y][x] = kAssign ? broadcast(initial) : load_part(r.out + y * r.out_row + x * L, lanes, 0.0f);
+    }
+}
+
+template <int Y, int X>
+LKCONV_INLINE void store_pixel_sums(const Vec<float> (&a)[Y][X], const PixelBlock& r) {
+  constexpr int L = kLanes<float>;
+  float* to = r.out;
+#pragma GCC unroll 16
+  for (int y = 0; y < Y; ++y, to += r.out_row) {
+#pragma GCC unroll 4
+    for (int x = 0; x + 1 < X; ++x) store(to + x * L, a[y][x]);
+    store_part(to + (X - 1) * L, a[y][X - 1], y + 1 < Y ? r.row_lanes : r.last_lanes);
+  }
+}
+
+// out (+)= K kernel rows without gaps: a pixel vector is loaded once for all of them that meet it.
+template <int Y, int X, int K, bool kAssign>
+void pixels_unit(const PixelBlock& r, float initial) {
+  constexpr int L = kLanes<float>;
+  Vec<float> a[Y][X];
+  begin_pixel_sums<kAssign>(a, r, initial);
+  const uint32_t image = rows_in_image(r.first, r.height, Y + K - 1);
+  const float* taps = r.taps;
+  for (int64_t v = 0; v < r.count; ++v, taps += r.tap_column) {
+    __mmask16 masks[X];
+    load_masks(masks, r.masks + v * X);
+    Vec<float> k[K];
+#pragma GCC unroll 8
+    for (int u = 0; u < K; ++u) {
+      k[u] = broadcast(taps[u * r.tap_row]);
+      keep(k[u]);
+    }
+    const float* in = r.in + r.columns[v];
+    const uint32_t inside = in_register(image);
+#pragma GCC unroll 32
+    for (int i = 0; i < Y + K - 1; ++i, in += r.in_row) {
+      if (!(inside & (1u << i))) continue;
+#pragma GCC unroll 4
+      for (int x = 0; x < X; ++x) {
+        Vec<float> p = load_lanes(in + x * L, masks[x]);
+        keep(p);
+#pragma GCC unroll 8
+        for (int u = 0; u < K; ++u)
+          if (i - u >= 0 && i - u < Y) a[i - u][x] += k[u] * p;
+      }
+    }
+  }
+  store_pixel_sums(a, r);
+}
+
+// The same for kernel rows `dil` apart: one load per multiply-add.
+template <int Y, int X, bool kAssign>
+void pixels_dilated(const PixelBlock& r, float initial, int64_t rows, int64_t dil) {
+  constexpr int L = kLanes<float>;
+  Vec<float> a[Y][X];
+  begin_pixel_sums<kAssign>(a, r, initial);
+  for (int64_t u = 0; u < rows; ++u) {
+    const uint32_t image = rows_in_image(r.first + u * dil, r.height, Y);
+    for (int64_t v = 0; v < r.count; ++v) {
+      __mmask16 masks[X];
+      load_masks(masks, r.masks + v * X);
+      const Vec<float> k = broadcast(r.taps[u * r.tap_row + v * r.tap_column]);
+      const float* in = r.in + u * dil * r.in_row + r.columns[v];
+      const uint32_t inside = in_register(image);
+#pragma GCC unroll 16
+      for (int y = 0; y < Y; ++y, in += r.in_row) {
+        if (!(inside & (1u << y))) continue;
+#pragma GCC unroll 4
+        for (int x = 0; x < X; ++x) a[y][x] += k * load_lanes(in + x * L, masks[x]);
+      }
+    }
+  }
+  store_pixel_sums(a, r);
+}
+
+struct PixelKernels {
+  using Unit = void(const PixelBlock&, float);
+  using Dilated = void(const PixelBlock&, float, int64_t, int64_t);
+  Unit* unit[2][kMaxTaps];
+  Dilated* dilated[2];
+};
+template <int Y, int X, int... K>
+constexpr PixelKernels pixel_kernels(std::integer_sequence<int, K...>) {
+  return {{{pixels_unit<Y, X, K + 1, true>...}, {pixels_unit<Y, X, K + 1, false>...}},
+          {pixels_dilated<Y, X, true>, pixels_dilated<Y, X, false>}};
+}
+template <size_t... B>
+LKCONV_INLINE const PixelKernels& pixel_kernels(int64_t block, std::index_sequence<B...>) {
+  static constexpr PixelKernels kTable[] = {
+      pixel_kernels<int(kPlanarBlocks[B].rows), int(kPlanarBlocks[B].vectors)>(
+          std::make_integer_sequence<int, kMaxTaps>())...};
+  return kTable[block];
+}
+
+// The planes of one convolution.
+class PixelTask {
+ public:
+  PixelTask(const ForwardProblem& f, const Plan& plan)
+      : f_(f),
+        kernels_(pixel_kernels(plan.block, std::make_index_sequence<kPlanarBlockCount>())),
+        block_(kPlanarBlocks[plan.block]),
+        width_(block_.vectors * kLanes<float>),
+        lanes_(std::min<int64_t>(kLanes<float>, f.out_width - width_ + kLanes<float>)),
+        // A short row's last vector may run over into the next row, which is written after it.
+        row_lanes_(f.output.stride_h == f.out_width && 2 * f.out_width >= width_ ? kLanes<float> : lanes_) {
+    const PixelSizes s = pixel_sizes(f, plan);
+    char* at = static_cast<char*>(thread_scratch_bytes(size_t(s.bytes)));
+    columns_ = reinterpret_cast<int64_t*>(at);
+    ranges_ = reinterpret_cast<Range*>(at += s.columns);
+    masks_ = reinterpret_cast<uint16_t*>(at + s.ranges);
+    place_columns();
+  }
+
+  void run(int64_t n, int64_t c) const {
+    const float bias = f_.bias.data ? *element<float>(f_.bias, 0, c, 0) : 0.0f;
+    for (int64_t yb = 0; yb < f_.out_height; yb += block_.rows) {
+      // The last block moves up to stay whole; what it computes twice comes out the same.
+      const int64_t y = std::min(yb, f_.out_height - block_.rows);
+      int64_t u0, u1;
+      clip_taps(y - f_.pad_h, y - f_.pad_h + block_.rows - 1, f_.height, f_.kernel_h, f_.dil_h, u0, u1);
+      for (int64_t b = 0; b * width_ < f_.out_width; ++b) sum_block(n, c, y, b, u0, u1, bias);
+    }
+  }
+
+ private:
+  // The columns of taps that meet the image in one block of columns.
+  struct Range {
+    int64_t first, count;
+  };
+
+  // The first column of a block; the last one moves left to stay whole.
+  int64_t column_of(int64_t b) const {
+    return std::max<int64_t>(0, std::min(b * width_, f_.out_width - width_));
+  }
+
+  // Where each column of taps reads, and for each block of columns which lanes lie in the image.
+  void place_columns() {
+    for (int64_t v = 0; v < f_.kernel_w; ++v) columns_[v] = v * f_.dil_w - f_.pad_w;
+    uint16_t* mask = masks_;
+    for (int64_t b = 0; b * width_ < f_.out_width; ++b) {
+      const int64_t x0 = column_of(b), last = std::min(f_.out_width, x0 + width_) - 1;
+      int64_t v0, v1;
+      clip_taps(x0 - f_.pad_w, last - f_.pad_w, f_.width, f_.kernel_w, f_.dil_w, v0, v1);
+      ranges_[b] = {v0, v1 - v0};
+      for (int64_t v = 0; v < f_.kernel_w; ++v)
+        for (int64_t x = 0; x < width_; x += kLanes<float>)
+          *mask++ = uint16_t(rows_in_image(x0 + x + columns_[v], f_.width, kLanes<float>));
+    }
+  }
+
+  void sum_block(int64_t n, int64_t c, int64_t y, int64_t b, int64_t u0, int64_t u1, float bias) const {
+    const Range range = ranges_[b];
+    PixelBlock r{};
+    r.out = element<float>(f_.output, n, c, y) + column_of(b), r.out_row = f_.output.stride_h;
+    r.row_lanes = row_lanes_, r.last_lanes = lanes_;
+    r.in_row = f_.input.stride_h, r.height = f_.height;
+    r.columns = columns_ + range.first, r.count = u1 > u0 ? range.count : 0;
+    r.masks = masks_ + (b * f_.kernel_w + range.first) * block_.vectors;
+    r.tap_row = f_.weight.stride_h, r.tap_column = f_.weight.stride_w;
+    bool more = false;
+    for (int64_t j = 0; j < f_.reduce; ++j) {
+      const float* plane = element<float>(f_.input, n, f_.input_channel(c, j), 0) + column_of(b);
+      const float* taps =
+          element<float>(f_.weight, 0, f_.weight_channel(c, j), 0) + range.first * r.tap_column;
+      int64_t u = u0;
+      do {
+        const bool unit = f_.dil_h == 1 && u1 > u0;
+        const int64_t part = unit ? taps_together(u1 - u) : u1 - u0;
+        r.first = y - f_.pad_h + u * f_.dil_h;
+        r.in = plane + r.first * r.in_row;
+        r.taps = taps + u * r.tap_row;
+        if (unit)
+          kernels_.unit[more][part - 1](r, bias);
+        else
+          kernels_.dilated[more](r, bias, part, f_.dil_h);
+        more = true;
+        u += part;
+      } while (u < u1);
+    }
+  }
+
+  const ForwardProblem& f_;
+  const PixelKernels& kernels_;
+  const PlanarBlock block_;
+  const int64_t width_;              // of a block
+  const int64_t lanes_, row_lanes_;  // see PixelBlock
+  int64_t* columns_;
+  Range* ranges_;
+  uint16_t* masks_;
+};
+
+// Task = (image, channel).
+inline void forward_pixels(const ForwardProblem& f, const Plan& plan, int64_t task0, int64_t task1) {
+  const PixelTask t(f, plan);
+  int64_t n = task0 / f.channels, c = task0 % f.channels;
+  for (int64_t task = task0; task < task1; ++task) {
+    t.run(n, c);
+    if (++c == f.channels) c = 0, ++n;
+  }
+}
+
+#endif
+
+}  // namespace lkconv::cpu::LKCONV_ISA
