@@ -9,15 +9,16 @@ namespace lkconv::cpu::LKCONV_ISA {
 
 #if LKCONV_AVX512
 
-// One block of outputs: Y rows of X vectors. Tap (u, v) of output row y reads row y + u * dil of those that
-// begin at `in`, `in_row` apart, at columns[v]; masks[v * X + x] says which lanes of vector x lie in the
-// image.
+// One block of outputs: Y rows of X vectors, of which `rows` rows exist. Tap (u, v) of output row y reads
+// row y + u * dil of those that begin at `in`, `in_row` apart, at columns[v]; masks[v * X + x] says which
+// lanes of vector x lie in the image.
 struct PixelBlock {
   float* out;
-  int64_t out_row;
+  int64_t out_row, rows;
   int64_t row_lanes, last_lanes;  // of a row's last vector that may be written, and of the last row's
   const float* in;
   int64_t in_row;
+  uint32_t inside;        // bit i: whether the image has the row at in + i * in_row
   int64_t first, height;  // the image's row that `in` is, and how many there are
   const int64_t* columns;
   const uint16_t* masks;
@@ -36,16 +37,23 @@ LKCONV_INLINE Vec<float> load_lanes(const float* from, __mmask16 mask) {
   return (Vec<float>)_mm512_maskz_loadu_ps(mask, from);
 }
 
-// Bit i: whether the image has row first + i.
-LKCONV_INLINE uint32_t rows_in_image(int64_t first, int64_t height, int64_t count) {
-  const int64_t a = std::clamp<int64_t>(-first, 0, count), b = std::clamp<int64_t>(height - first, a, count);
+// Bit i: whether first + i * step lies in [0, size).
+LKCONV_INLINE uint32_t bits_inside(int64_t first, int64_t step, int64_t size, int64_t count) {
+  int64_t a = -first, b = size - first;
+  if (step > 1) a = ceil_div(std::max<int64_t>(0, a), step), b = ceil_div(std::max<int64_t>(0, b), step);
+  a = std::clamp<int64_t>(a, 0, count), b = std::clamp<int64_t>(b, a, count);
   return uint32_t((uint64_t(1) << b) - (uint64_t(1) << a));
 }
 
 // The same bits, which the compiler takes for new ones: else it spreads them over the stack beforehand.
 LKCONV_INLINE uint32_t in_register(uint32_t bits) {
-  asm("" : "+r"(bits));
+  asm volatile("" : "+r"(bits));
   return bits;
+}
+
+// Lanes of row y's last vector that may be read and written.
+LKCONV_INLINE int64_t lanes_of_row(const PixelBlock& r, int y) {
+  return y + 1 < r.rows ? r.row_lanes : y + 1 == r.rows ? r.last_lanes : 0;
 }
 
 template <bool kAssign, int Y, int X>
@@ -55,21 +63,31 @@ LKCONV_INLINE void begin_pixel_sums(Vec<float> (&a)[Y][X], const PixelBlock& r, 
   for (int y = 0; y < Y; ++y)
 #pragma GCC unroll 4
     for (int x = 0; x < X; ++x) {
-      const int64_t lanes = x + 1 < X ? L : y + 1 < Y ? r.row_lanes : r.last_lanes;
-      a[y][x] = kAssign ? broadcast(initial) : load_part(r.out + y * r.out_row + x * L, lanes, 0.0f);
+      a[y][x] = broadcast(initial);
+      if (!kAssign)
+        a[y][x] = load_part(r.out + y * r.out_row + x * L,
+                            x + 1 == X   ? lanes_of_row(r, y)
+                            : y < r.rows ? L
+                                         : 0,
+                            0.0f);
     }
 }
 
 template <int Y, int X>
 LKCONV_INLINE void store_pixel_sums(const Vec<float> (&a)[Y][X], const PixelBlock& r) {
   constexpr int L = kLanes<float>;
+  const bool whole = r.rows == Y && r.row_lanes == L;
   float* to = r.out;
 #pragma GCC unroll 16
-  for (int y = 0; y < Y; ++y, to += r.out_row) {
+  for (int y = 0; y < Y; ++y, to += r.out_row)
 #pragma GCC unroll 4
-    for (int x = 0; x + 1 < X; ++x) store(to + x * L, a[y][x]);
-    store_part(to + (X - 1) * L, a[y][X - 1], y + 1 < Y ? r.row_lanes : r.last_lanes);
-  }
+    for (int x = 0; x < X; ++x) {
+      const bool last = x + 1 == X;
+      if (whole && !(last && y + 1 == Y))
+        store(to + x * L, a[y][x]);
+      else
+        store_part(to + x * L, a[y][x], last ? lanes_of_row(r, y) : y < r.rows ? L : 0);
+    }
 }
 
 // out (+)= K kernel rows without gaps: a pixel vector is loaded once for all of them that meet it.
@@ -78,7 +96,6 @@ void pixels_unit(const PixelBlock& r, float initial) {
   constexpr int L = kLanes<float>;
   Vec<float> a[Y][X];
   begin_pixel_sums<kAssign>(a, r, initial);
-  const uint32_t image = rows_in_image(r.first, r.height, Y + K - 1);
   const float* taps = r.taps;
   for (int64_t v = 0; v < r.count; ++v, taps += r.tap_column) {
     __mmask16 masks[X];
@@ -90,7 +107,7 @@ void pixels_unit(const PixelBlock& r, float initial) {
       keep(k[u]);
     }
     const float* in = r.in + r.columns[v];
-    const uint32_t inside = in_register(image);
+    const uint32_t inside = in_register(r.inside);
 #pragma GCC unroll 32
     for (int i = 0; i < Y + K - 1; ++i, in += r.in_row) {
       if (!(inside & (1u << i))) continue;
@@ -114,7 +131,7 @@ void pixels_dilated(const PixelBlock& r, float initial, int64_t rows, int64_t di
   Vec<float> a[Y][X];
   begin_pixel_sums<kAssign>(a, r, initial);
   for (int64_t u = 0; u < rows; ++u) {
-    const uint32_t image = rows_in_image(r.first + u * dil, r.height, Y);
+    const uint32_t image = bits_inside(r.first + u * dil, 1, r.height, Y);
     for (int64_t v = 0; v < r.count; ++v) {
       __mmask16 masks[X];
       load_masks(masks, r.masks + v * X);
@@ -160,28 +177,31 @@ class PixelTask {
         block_(kPlanarBlocks[plan.block]),
         width_(block_.vectors * kLanes<float>),
         lanes_(std::min<int64_t>(kLanes<float>, f.out_width - width_ + kLanes<float>)),
-        // A short row's last vector may run over into the next row, which is written after it.
-        row_lanes_(f.output.stride_h == f.out_width && 2 * f.out_width >= width_ ? kLanes<float> : lanes_) {
+        step_(planar_row_step(f)),
+        // A short row's last vector may run over into the next row, if that is written after it.
+        row_lanes_(step_ == 1 && f.output.stride_h == f.out_width && 2 * f.out_width >= width_ ? kLanes<float>
+                                                                                               : lanes_) {
     const PixelSizes s = pixel_sizes(f, plan);
     char* at = static_cast<char*>(thread_scratch_bytes(size_t(s.bytes)));
     columns_ = reinterpret_cast<int64_t*>(at);
     ranges_ = reinterpret_cast<Range*>(at += s.columns);
-    masks_ = reinterpret_cast<uint16_t*>(at + s.ranges);
+    rows_ = reinterpret_cast<Rows*>(at += s.ranges);
+    masks_ = reinterpret_cast<uint16_t*>(at + s.rows);
+    place_rows();
     place_columns();
   }
 
   void run(int64_t n, int64_t c) const {
     const float bias = f_.bias.data ? *element<float>(f_.bias, 0, c, 0) : 0.0f;
-    for (int64_t yb = 0; yb < f_.out_height; yb += block_.rows) {
-      // The last block moves up to stay whole; what it computes twice comes out the same.
-      const int64_t y = std::min(yb, f_.out_height - block_.rows);
-      int64_t u0, u1;
-      clip_taps(y - f_.pad_h, y - f_.pad_h + block_.rows - 1, f_.height, f_.kernel_h, f_.dil_h, u0, u1);
-      for (int64_t b = 0; b * width_ < f_.out_width; ++b) sum_block(n, c, y, b, u0, u1, bias);
-    }
+    for (int64_t i = 0; i < row_blocks_; ++i)
+      for (int64_t b = 0; b * width_ < f_.out_width; ++b) sum_block(n, c, rows_[i], b, bias);
   }
 
  private:
+  // `count` output rows from y on, and the kernel rows that meet the image there.
+  struct Rows {
+    int64_t y, count, u0, u1;
+  };
   // The columns of taps that meet the image in one block of columns.
   struct Range {
     int64_t first, count;
@@ -190,6 +210,22 @@ class PixelTask {
   // The first column of a block; the last one moves left to stay whole.
   int64_t column_of(int64_t b) const {
     return std::max<int64_t>(0, std::min(b * width_, f_.out_width - width_));
+  }
+
+  // Blocks of rows: those of the first row modulo step_, then those of the next.
+  void place_rows() {
+    row_blocks_ = 0;
+    for (int64_t first = 0; first < std::min(step_, f_.out_height); ++first) {
+      const int64_t count = ceil_div(f_.out_height - first, step_);
+      for (int64_t i = 0; i < count; i += block_.rows) {
+        // The last block moves up to stay whole; what it computes twice comes out the same.
+        const int64_t k = std::max<int64_t>(0, std::min(i, count - block_.rows));
+        Rows& r = rows_[row_blocks_++];
+        r.y = first + k * step_, r.count = std::min(block_.rows, count - k);
+        const int64_t top = r.y - f_.pad_h;
+        clip_taps(top, top + (r.count - 1) * step_, f_.height, f_.kernel_h, f_.dil_h, r.u0, r.u1);
+      }
+    }
   }
 
   // Where each column of taps reads, and for each block of columns which lanes lie in the image.
@@ -203,17 +239,18 @@ class PixelTask {
       ranges_[b] = {v0, v1 - v0};
       for (int64_t v = 0; v < f_.kernel_w; ++v)
         for (int64_t x = 0; x < width_; x += kLanes<float>)
-          *mask++ = uint16_t(rows_in_image(x0 + x + columns_[v], f_.width, kLanes<float>));
+          *mask++ = uint16_t(bits_inside(x0 + x + columns_[v], 1, f_.width, kLanes<float>));
     }
   }
 
-  void sum_block(int64_t n, int64_t c, int64_t y, int64_t b, int64_t u0, int64_t u1, float bias) const {
+  void sum_block(int64_t n, int64_t c, const Rows& rows, int64_t b, float bias) const {
     const Range range = ranges_[b];
     PixelBlock r{};
-    r.out = element<float>(f_.output, n, c, y) + column_of(b), r.out_row = f_.output.stride_h;
+    r.out = element<float>(f_.output, n, c, rows.y) + column_of(b);
+    r.out_row = step_ * f_.output.stride_h, r.rows = rows.count;
     r.row_lanes = row_lanes_, r.last_lanes = lanes_;
-    r.in_row = f_.input.stride_h, r.height = f_.height;
-    r.columns = columns_ + range.first, r.count = u1 > u0 ? range.count : 0;
+    r.in_row = step_ * f_.input.stride_h, r.height = f_.height;
+    r.columns = columns_ + range.first, r.count = rows.u1 > rows.u0 ? range.count : 0;
     r.masks = masks_ + (b * f_.kernel_w + range.first) * block_.vectors;
     r.tap_row = f_.weight.stride_h, r.tap_column = f_.weight.stride_w;
     bool more = false;
@@ -221,12 +258,13 @@ class PixelTask {
       const float* plane = element<float>(f_.input, n, f_.input_channel(c, j), 0) + column_of(b);
       const float* taps =
           element<float>(f_.weight, 0, f_.weight_channel(c, j), 0) + range.first * r.tap_column;
-      int64_t u = u0;
+      int64_t u = rows.u0;
       do {
-        const bool unit = f_.dil_h == 1 && u1 > u0;
-        const int64_t part = unit ? taps_together(u1 - u) : u1 - u0;
-        r.first = y - f_.pad_h + u * f_.dil_h;
-        r.in = plane + r.first * r.in_row;
+        const bool unit = f_.dil_h == step_ && rows.u1 > rows.u0;
+        const int64_t part = unit ? taps_together(rows.u1 - u) : rows.u1 - rows.u0;
+        r.first = rows.y - f_.pad_h + u * f_.dil_h;
+        r.in = plane + r.first * f_.input.stride_h;
+        r.inside = bits_inside(r.first, step_, f_.height, block_.rows + part - 1);
         r.taps = taps + u * r.tap_row;
         if (unit)
           kernels_.unit[more][part - 1](r, bias);
@@ -234,16 +272,19 @@ class PixelTask {
           kernels_.dilated[more](r, bias, part, f_.dil_h);
         more = true;
         u += part;
-      } while (u < u1);
+      } while (u < rows.u1);
     }
   }
 
   const ForwardProblem& f_;
   const PixelKernels& kernels_;
   const PlanarBlock block_;
-  const int64_t width_;              // of a block
+  const int64_t width_;              // columns of a block
+  const int64_t step_;               // from one of its rows to the next
   const int64_t lanes_, row_lanes_;  // see PixelBlock
   int64_t* columns_;
+  Rows* rows_;
+  int64_t row_blocks_;
   Range* ranges_;
   uint16_t* masks_;
 };

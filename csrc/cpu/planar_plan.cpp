@@ -31,10 +31,10 @@ double rows_inside(const Geometry& g, int64_t block_rows) {
   return inside / double(std::max<int64_t>(1, g.kernel_h * ceil_div(g.out_height, block_rows)));
 }
 
-// Whether a block's pixels can be read in place: it lies inside the output, and there are masked loads.
+// Whether a block's pixels can be read in place: there are masked loads, and each of its vectors has outputs.
 bool in_place(const Geometry& g, const PlanarBlock& b, DType dtype, const Machine& m) {
   return m.isa >= Isa::avx512 && dtype == DType::f32 && g.phases == 1 && g.stride_h == 1 && g.stride_w == 1 &&
-         g.out_height >= b.rows && g.out_width > (b.vectors - 1) * m.lanes_f32;
+         g.out_width > (b.vectors - 1) * m.lanes_f32;
 }
 
 struct Count {
@@ -57,8 +57,11 @@ Count count_plane(const Geometry& g, const PlanarBlock& b, int64_t tile_h, int64
 
 // The same for pixels read in place, where rows outside the image take neither loads nor products.
 Count count_in_place(const Geometry& g, const PlanarBlock& b, int64_t lanes) {
-  const auto inside = [](int64_t first, int64_t rows, int64_t size) {
-    return double(std::clamp<int64_t>(size - first, 0, rows) - std::clamp<int64_t>(-first, 0, rows));
+  // Of `count` rows from `first` on, `step` apart, those in the image.
+  const auto inside = [&](int64_t first, int64_t step, int64_t count) {
+    const int64_t a = ceil_div(std::max<int64_t>(0, -first), step),
+                  e = ceil_div(std::max<int64_t>(0, g.height - first), step);
+    return double(std::max<int64_t>(0, std::min(e, count) - std::min(a, count)));
   };
   double columns = 0, pairs = 0, rows = 0, parts = 0;
   const int64_t width = b.vectors * lanes;
@@ -69,18 +72,24 @@ Count count_in_place(const Geometry& g, const PlanarBlock& b, int64_t lanes) {
               v1);
     columns += double((v1 - v0) * b.vectors);
   }
-  for (int64_t y = 0; y < g.out_height; y += b.rows) {
-    const int64_t first = std::min(y, g.out_height - b.rows) - g.pad_h;
-    int64_t u0, u1;
-    clip_taps(first, first + b.rows - 1, g.height, g.kernel_h, g.dil_h, u0, u1);
-    for (int64_t u = u0; u < u1; ++u) pairs += inside(first + u * g.dil_h, b.rows, g.height);
-    const double together = g.dil_h == 1 ? double(ceil_div(u1 - u0, 8)) : 1;
-    parts += std::max(1.0, together);
-    rows += inside(first + u0, u1 - u0 + b.rows - 1, g.height) + (together - 1) * double(b.rows - 1);
+  const int64_t step = planar_row_step(g);
+  for (int64_t from = 0; from < std::min(step, g.out_height); ++from) {
+    const int64_t count = ceil_div(g.out_height - from, step);
+    for (int64_t i = 0; i < count; i += b.rows) {
+      const int64_t k = std::max<int64_t>(0, std::min(i, count - b.rows)),
+                    block = std::min(b.rows, count - k);
+      const int64_t first = from + k * step - g.pad_h;
+      int64_t u0, u1;
+      clip_taps(first, first + (block - 1) * step, g.height, g.kernel_h, g.dil_h, u0, u1);
+      for (int64_t u = u0; u < u1; ++u) pairs += inside(first + u * g.dil_h, step, block);
+      const double together = g.dil_h == step ? double(ceil_div(u1 - u0, 8)) : 1;
+      parts += std::max(1.0, together);
+      rows += inside(first + u0 * step, step, u1 - u0 + block - 1) + (together - 1) * double(block - 1);
+    }
   }
   Count c;
   c.products = columns * pairs;
-  c.loads = g.dil_h == 1 ? columns * rows : kStridedLoads * c.products;
+  c.loads = g.dil_h == step ? columns * rows : c.products;
   c.blocks = parts * double(ceil_div(g.out_width, width));
   return c;
 }
@@ -151,8 +160,9 @@ PixelSizes pixel_sizes(const Geometry& g, const Plan& plan) {
   PixelSizes s{};
   s.columns = bytes(g.kernel_w, sizeof(int64_t));
   s.ranges = bytes(blocks, 2 * sizeof(int64_t));
+  s.rows = bytes(ceil_div(g.out_height, block.rows) + planar_row_step(g), 4 * sizeof(int64_t));
   s.masks = bytes(blocks * g.kernel_w * block.vectors, sizeof(uint16_t));
-  s.bytes = s.columns + s.ranges + s.masks;
+  s.bytes = s.columns + s.ranges + s.rows + s.masks;
   return s;
 }
 

@@ -39,9 +39,15 @@ struct PlanarSizes {
 };
 PlanarSizes planar_sizes(const PlanarProblem& p, const Plan& plan);
 
+// Rows of a block of pixels read in place lie as far apart as the kernel's, which then share their loads; but
+// not where that leaves few rows to share them, or few kernel rows.
+inline int64_t planar_row_step(const Geometry& g) {
+  return g.kernel_h >= 5 && g.out_height >= 4 * g.dil_h ? g.dil_h : 1;
+}
+
 // The same where pixels are read in place (planar_in_place.h), in bytes of each part.
 struct PixelSizes {
-  int64_t columns, ranges, masks;
+  int64_t columns, ranges, rows, masks;
   int64_t bytes;  // in all
 };
 PixelSizes pixel_sizes(const Geometry& g, const Plan& plan);
