@@ -164,7 +164,24 @@ def test_planar_says_why_not():
     assert "backward_weight" in reason("backward_weight")
     assert "float64" in reason(dtype="float64")
     assert "row" in reason(channels_last=True)
-    assert "memory" in reason(size=(1, 1, 9000, 9000), kernel=(7, 7), dilation=(900, 1), padding=(2700, 3))
+    far = {"size": (1, 1, 9000, 9000), "kernel": (7, 7), "dilation": (900, 1), "padding": (2700, 3)}
+    assert "memory" in reason(isa="avx2", **far)
+
+
+def test_contiguous_rows_are_read_in_place():
+    def plan(kernel=(3, 3), side=14, **options):
+        options = {"padding": (1, 1), "isa": "avx512", **options}
+        return of("planar", candidates(size=(2, 16, side, side), kernel=kernel, **options))
+
+    assert plan()["in_place"] and plan(pass_name="backward_input")["in_place"]
+    assert plan(dilation=(2, 2))["in_place"] and plan((1, 27), padding=(0, 13))["in_place"]
+    assert plan(side=3)["in_place"] and plan(side=200)["in_place"] and plan(multiplier=2)["in_place"]
+    for isa in ("baseline", "avx2"):
+        assert not plan(isa=isa)["in_place"], "it has no masked loads"
+    assert not plan(stride=(2, 2))["in_place"] and not plan(dtype="bfloat16")["in_place"]
+    far = {"dilation": (900, 1), "padding": (2700, 3)}
+    assert plan((7, 7), side=9000, **far)["possible"], "it needs no window"
+    assert plan()["scratch_bytes"] < 4096
 
 
 def test_pytorch_takes_small_kernels_on_large_maps_only():

@@ -149,6 +149,69 @@ void pixels_dilated(const PixelBlock& r, float initial, int64_t rows, int64_t di
   store_pixel_sums(a, r);
 }
 
+// Two planes whose rows fit half a vector each: the second plane's lanes follow the first one's. It lies
+// `in`, `out` and `taps` elements from the first, less the lanes its rows begin at.
+struct PixelPair {
+  PixelBlock first;
+  int64_t in, out, taps;
+  float initial[2];
+};
+constexpr int kHalf = kLanes<float> / 2;
+constexpr __mmask16 kUpper = __mmask16(0xffff << kHalf);
+
+LKCONV_INLINE Vec<float> load_halves(const float* from, int64_t distance, __mmask16 mask) {
+  const __m512 a = _mm512_maskz_loadu_ps(mask, from);
+  return (Vec<float>)_mm512_mask_loadu_ps(a, __mmask16(mask << kHalf), from + distance);
+}
+LKCONV_INLINE Vec<float> broadcast_halves(float a, float b) {
+  return (Vec<float>)_mm512_mask_blend_ps(kUpper, _mm512_set1_ps(a), _mm512_set1_ps(b));
+}
+
+template <int Y, int K, bool kAssign>
+void pixels_pair(const PixelPair& pair) {
+  const PixelBlock& r = pair.first;
+  const auto lanes = [&](int y) { return __mmask16(y < r.rows ? (1u << r.last_lanes) - 1 : 0); };
+  Vec<float> a[Y];
+#pragma GCC unroll 16
+  for (int y = 0; y < Y; ++y)
+    a[y] = kAssign ? broadcast_halves(pair.initial[0], pair.initial[1])
+                   : load_halves(r.out + y * r.out_row, pair.out, lanes(y));
+  const float* taps = r.taps;
+  for (int64_t v = 0; v < r.count; ++v, taps += r.tap_column) {
+    const __mmask16 mask = r.masks[v];
+    Vec<float> k[K];
+#pragma GCC unroll 8
+    for (int u = 0; u < K; ++u) {
+      k[u] = broadcast_halves(taps[u * r.tap_row], taps[u * r.tap_row + pair.taps]);
+      keep(k[u]);
+    }
+    const float* in = r.in + r.columns[v];
+    const uint32_t inside = in_register(r.inside);
+#pragma GCC unroll 32
+    for (int i = 0; i < Y + K - 1; ++i, in += r.in_row) {
+      if (!(inside & (1u << i))) continue;
+      Vec<float> p = load_halves(in, pair.in, mask);
+      keep(p);
+#pragma GCC unroll 8
+      for (int u = 0; u < K; ++u)
+        if (i - u >= 0 && i - u < Y) a[i - u] += k[u] * p;
+    }
+  }
+  float* out = r.out;
+#pragma GCC unroll 16
+  for (int y = 0; y < Y; ++y, out += r.out_row) {
+    _mm512_mask_storeu_ps(out, lanes(y), (__m512)a[y]);
+    _mm512_mask_storeu_ps(out + pair.out, __mmask16(lanes(y) << kHalf), (__m512)a[y]);
+  }
+}
+
+using PairKernel = void(const PixelPair&);
+template <int Y, bool kAssign, int... K>
+LKCONV_INLINE PairKernel* pair_kernel_of(int64_t rows, std::integer_sequence<int, K...>) {
+  static constexpr PairKernel* kTable[] = {pixels_pair<Y, K + 1, kAssign>...};
+  return kTable[rows - 1];
+}
+
 struct PixelKernels {
   using Unit = void(const PixelBlock&, float);
   using Dilated = void(const PixelBlock&, float, int64_t, int64_t);
@@ -178,6 +241,7 @@ class PixelTask {
         width_(block_.vectors * kLanes<float>),
         lanes_(std::min<int64_t>(kLanes<float>, f.out_width - width_ + kLanes<float>)),
         step_(planar_row_step(f)),
+        pairs_(planar_pairs(f, f.reduce, plan)),
         // A short row's last vector may run over into the next row, if that is written after it.
         row_lanes_(step_ == 1 && f.output.stride_h == f.out_width && 2 * f.out_width >= width_ ? kLanes<float>
                                                                                                : lanes_) {
@@ -191,13 +255,33 @@ class PixelTask {
     place_columns();
   }
 
-  void run(int64_t n, int64_t c) const {
+  // Planes [first, last), counted over (image, channel).
+  void run(int64_t first, int64_t last) const {
+    Plane p{first / f_.channels, first % f_.channels};
+    for (int64_t rest = last - first; rest > 0;) {
+      const Plane next = after(p);
+      const bool pair = pairs_ && rest > 1;
+      if (pair)
+        sum_pair(p, next);
+      else
+        sum_plane(p.n, p.c);
+      rest -= pair ? 2 : 1;
+      p = pair ? after(next) : next;
+    }
+  }
+
+ private:
+  struct Plane {
+    int64_t n, c;
+  };
+  Plane after(Plane p) const { return p.c + 1 < f_.channels ? Plane{p.n, p.c + 1} : Plane{p.n + 1, 0}; }
+
+  void sum_plane(int64_t n, int64_t c) const {
     const float bias = f_.bias.data ? *element<float>(f_.bias, 0, c, 0) : 0.0f;
     for (int64_t i = 0; i < row_blocks_; ++i)
       for (int64_t b = 0; b * width_ < f_.out_width; ++b) sum_block(n, c, rows_[i], b, bias);
   }
 
- private:
   // `count` output rows from y on, and the kernel rows that meet the image there.
   struct Rows {
     int64_t y, count, u0, u1;
@@ -232,6 +316,7 @@ class PixelTask {
   void place_columns() {
     for (int64_t v = 0; v < f_.kernel_w; ++v) columns_[v] = v * f_.dil_w - f_.pad_w;
     uint16_t* mask = masks_;
+    const int64_t lanes = pairs_ ? kHalf : kLanes<float>;  // those of one plane
     for (int64_t b = 0; b * width_ < f_.out_width; ++b) {
       const int64_t x0 = column_of(b), last = std::min(f_.out_width, x0 + width_) - 1;
       int64_t v0, v1;
@@ -239,7 +324,7 @@ class PixelTask {
       ranges_[b] = {v0, v1 - v0};
       for (int64_t v = 0; v < f_.kernel_w; ++v)
         for (int64_t x = 0; x < width_; x += kLanes<float>)
-          *mask++ = uint16_t(bits_inside(x0 + x + columns_[v], 1, f_.width, kLanes<float>));
+          *mask++ = uint16_t(bits_inside(x0 + x + columns_[v], 1, f_.width, lanes));
     }
   }
 
@@ -276,11 +361,59 @@ class PixelTask {
     }
   }
 
+  struct Addresses {
+    const float *in, *taps;
+    float *out, bias;
+  };
+  Addresses addresses(Plane p) const {
+    return {element<float>(f_.input, p.n, f_.input_channel(p.c, 0), 0),
+            element<float>(f_.weight, 0, f_.weight_channel(p.c, 0), 0),
+            element<float>(f_.output, p.n, p.c, 0),
+            f_.bias.data ? *element<float>(f_.bias, 0, p.c, 0) : 0.0f};
+  }
+
+  // Two planes next to each other, whole rows at a time: see PixelPair.
+  void sum_pair(Plane a, Plane b) const {
+    const Addresses x = addresses(a), y = addresses(b);
+    PixelPair pair;
+    pair.in = y.in - x.in - kHalf, pair.out = y.out - x.out - kHalf, pair.taps = y.taps - x.taps;
+    pair.initial[0] = x.bias, pair.initial[1] = y.bias;
+    const Range range = ranges_[0];
+    PixelBlock& r = pair.first;
+    r = {};
+    r.out_row = f_.output.stride_h, r.in_row = f_.input.stride_h, r.last_lanes = f_.out_width;
+    r.columns = columns_ + range.first, r.masks = masks_ + range.first;
+    r.tap_row = f_.weight.stride_h, r.tap_column = f_.weight.stride_w;
+    for (int64_t i = 0; i < row_blocks_; ++i) {
+      const Rows& rows = rows_[i];
+      r.out = x.out + rows.y * r.out_row, r.rows = rows.count;
+      r.count = rows.u1 > rows.u0 ? range.count : 0;
+      bool more = false;
+      int64_t u = rows.u0;
+      do {
+        const int64_t part = r.count ? taps_together(rows.u1 - u) : 1, top = rows.y - f_.pad_h + u;
+        r.in = x.in + top * r.in_row;
+        r.inside = bits_inside(top, 1, f_.height, block_.rows + part - 1);
+        r.taps = x.taps + range.first * r.tap_column + u * r.tap_row;
+        pair_kernel(part, more)(pair);
+        more = true;
+        u += part;
+      } while (u < rows.u1);
+    }
+  }
+  PairKernel* pair_kernel(int64_t part, bool more) const {
+    constexpr auto kParts = std::make_integer_sequence<int, kMaxTaps>();
+    if (block_.rows == 7)
+      return more ? pair_kernel_of<7, false>(part, kParts) : pair_kernel_of<7, true>(part, kParts);
+    return more ? pair_kernel_of<8, false>(part, kParts) : pair_kernel_of<8, true>(part, kParts);
+  }
+
   const ForwardProblem& f_;
   const PixelKernels& kernels_;
   const PlanarBlock block_;
   const int64_t width_;              // columns of a block
   const int64_t step_;               // from one of its rows to the next
+  const bool pairs_;                 // of planes in one vector
   const int64_t lanes_, row_lanes_;  // see PixelBlock
   int64_t* columns_;
   Rows* rows_;
@@ -291,12 +424,7 @@ class PixelTask {
 
 // Task = (image, channel).
 inline void forward_pixels(const ForwardProblem& f, const Plan& plan, int64_t task0, int64_t task1) {
-  const PixelTask t(f, plan);
-  int64_t n = task0 / f.channels, c = task0 % f.channels;
-  for (int64_t task = task0; task < task1; ++task) {
-    t.run(n, c);
-    if (++c == f.channels) c = 0, ++n;
-  }
+  PixelTask(f, plan).run(task0, task1);
 }
 
 #endif

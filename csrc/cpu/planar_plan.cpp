@@ -14,7 +14,8 @@ constexpr double kStridedLoads = 1.8;  // one for each product, in the same term
 constexpr double kBlock = 25;          // a block's call, its sums in and out
 constexpr double kKernelTap = 2;       // one tap to scratch
 constexpr double kPlane = 150;
-constexpr double kPixelLoad = 1.9;  // in place most loads cross a cache line, at the multiply-adds' pace
+constexpr double kPixelProduct = 1.09;
+constexpr double kPixelLoad = 1.9;  // in place most loads cross a cache line, which hide behind products
 constexpr double kPixelBlock = 40;
 constexpr double kPixelPlane = 30;
 
@@ -187,9 +188,11 @@ const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtyp
     const Count c = p.in_place ? count_in_place(g, kPlanarBlocks[i], m.lanes_f32)
                                : count_plane(g, kPlanarBlocks[i], p.tile_h, m.lanes_f32);
     const double taps = double(g.kernel_h * g.kernel_w);
-    const double once = p.in_place
-                            ? std::max(1.09 * c.products, kPixelLoad * c.loads) + kPixelBlock * c.blocks
-                            : c.products + kLoad * c.loads + kBlock * c.blocks + kKernelTap * taps;
+    const bool pairs = planar_pairs(g, reduce, p);
+    const double products = pairs ? c.products / 2 : c.products;
+    const double once = p.in_place ? std::max(kPixelProduct * products, kPixelLoad * c.loads) +
+                                         (pairs ? 0.5 : 1) * kPixelBlock * c.blocks + (pairs ? 0.7 * taps : 0)
+                                   : c.products + kLoad * c.loads + kBlock * c.blocks + kKernelTap * taps;
     p.cycles = double(reduce) * once + (p.in_place ? kPixelPlane : kPlane);
     p.flops = 2 * double(m.lanes_f32 * g.batch * g.channels * reduce) * c.products;
     if (p.cycles < best) best = p.cycles, plan = p;

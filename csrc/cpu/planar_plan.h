@@ -45,6 +45,13 @@ inline int64_t planar_row_step(const Geometry& g) {
   return g.kernel_h >= 5 && g.out_height >= 4 * g.dil_h ? g.dil_h : 1;
 }
 
+// Whether two planes share vectors that a row of one would leave half empty.
+inline bool planar_pairs(const Geometry& g, int64_t reduce, const Plan& plan) {
+  const PlanarBlock& block = kPlanarBlocks[plan.block];
+  return plan.in_place && reduce == 1 && g.dil_h == 1 && block.vectors == 1 && block.rows <= 8 &&
+         2 * g.out_width <= plan.lanes;
+}
+
 // The same where pixels are read in place (planar_in_place.h), in bytes of each part.
 struct PixelSizes {
   int64_t columns, ranges, rows, masks;

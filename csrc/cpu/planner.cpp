@@ -257,8 +257,10 @@ const char* planar_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType 
   const Costs& c = costs_on(m);
   const double vectors = double(reduce * g.height * ceil_div(g.width, m.lanes_f32)) / double(g.phases) +
                          double(g.out_height * ceil_div(g.out_width, m.lanes_f32));
-  p.cycles = c.planar * p.cycles +
-             (p.in_place ? c.pixel_move : c.planar_move) * vectors * double(g.batch * g.channels);
+  const double move = planar_pairs(g, reduce, p) ? c.pixel_move / 2
+                      : p.in_place               ? c.pixel_move
+                                                 : c.planar_move;
+  p.cycles = c.planar * p.cycles + move * vectors * double(g.batch * g.channels);
   return nullptr;
 }
 
