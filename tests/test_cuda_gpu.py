@@ -6,7 +6,6 @@ import itertools
 import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cuda_host.cases import CASES, PASSES, Case, same
+from float32_precision import tf32_allowed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,16 +39,6 @@ DTYPE_AND_ALGORITHM = [
     *((dtype, "direct") for dtype in ("f16", "bf16")),
     *((dtype, "toeplitz") for dtype in ("tf32", "f16", "bf16")),
 ]
-
-
-@contextmanager
-def tf32_allowed(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def place(t: torch.Tensor, layout: str) -> torch.Tensor:
