@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from float32_precision import tf32_allowed
+from triton_checks import deterministic
 from triton_support import PASSES, Case, cases, check_pass, kernels, make_inputs, run_pass
 
 pytest.importorskip("triton")
@@ -33,24 +35,20 @@ def environment(monkeypatch, tmp_path):
     kernels()
     register_hooks("lkconv_triton")
     monkeypatch.setenv("LKCONV_CACHE_DIR", str(tmp_path))
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    with tf32_allowed(False):
+        yield
 
 
 @pytest.fixture
-def poisoned():
-    """torch.empty filled with NaN, so that an element no kernel writes shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+def without_poison(poisoned_memory):
+    """Determinism, which poisoned memory needs, forbids tuning and reaches into torch's own checks."""
+    with deterministic(False):
+        yield
 
 
 @pytest.mark.parametrize("pass_name", PASSES)
 @pytest.mark.parametrize("case", cases(DTYPES), ids=lambda case: case.name)
-def test_values(case, pass_name, poisoned):
+def test_values(case, pass_name):
     check_pass(case, pass_name, "cuda")
 
 
@@ -58,12 +56,12 @@ def test_values(case, pass_name, poisoned):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("algorithm", ["direct", "toeplitz"])
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda case: case.name)
-def test_layers(layer, algorithm, dtype, pass_name, poisoned):
+def test_layers(layer, algorithm, dtype, pass_name):
     check_pass(Case(**{**vars(layer), "dtype": dtype, "algorithm": algorithm}), pass_name, "cuda")
 
 
 @pytest.mark.parametrize("pass_name", PASSES)
-def test_tuned_choice_is_stored_and_repeats_bit_for_bit(pass_name):
+def test_tuned_choice_is_stored_and_repeats_bit_for_bit(pass_name, without_poison):
     case = Case((8, 64, 32, 32), (13, 13), padding=(6, 6), dtype="bfloat16")
     operators, tuning = kernels("depthwise_conv2d"), kernels("tuning")
     inputs = make_inputs(case, "cuda")
@@ -75,7 +73,7 @@ def test_tuned_choice_is_stored_and_repeats_bit_for_bit(pass_name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
+def test_opcheck(dtype, without_poison):
     x = torch.randn(2, 8, 16, 16, device="cuda", dtype=dtype, requires_grad=True)
     w = torch.randn(8, 1, 7, 7, device="cuda", dtype=dtype, requires_grad=True)
     dy = torch.randn(2, 8, 16, 16, device="cuda", dtype=dtype, requires_grad=True)
@@ -91,7 +89,7 @@ def test_opcheck(dtype):
     )
 
 
-def test_gradcheck():
+def test_gradcheck(without_poison):
     x = torch.randn(2, 3, 7, 6, device="cuda", dtype=torch.float64, requires_grad=True)
     w = torch.randn(6, 1, 3, 5, device="cuda", dtype=torch.float64, requires_grad=True)
 
@@ -102,7 +100,7 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_compiled_training_step(channels_last):
+def test_compiled_training_step(channels_last, without_poison):
     """Inductor runs the same kernels; several batch sizes need one dynamic graph."""
     w = torch.randn(32, 1, 13, 13, device="cuda", requires_grad=True)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lkconv
+from float32_precision import tf32_allowed
 from lkconv import backends
 from triton_support import kernels, run_interpreted
 
@@ -22,6 +23,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from group_mix_cases import attention  # noqa: E402
 from lkconv.attention import registration  # noqa: E402
 from lkconv.attention.registration import register_hooks  # noqa: E402
+from triton_checks import deterministic  # noqa: E402
 from triton_group_mix_calls import Recorded, arguments, run_all  # noqa: E402
 from triton_group_mix_checks import CHECKS, INTERPRETED_CHECKS, ON_DEVICE, check_case  # noqa: E402
 
@@ -46,17 +48,17 @@ def test_interpreted(name, outcomes):
 @pytest.mark.gpu
 @DEVICE
 @pytest.mark.parametrize("case", ON_DEVICE, ids=lambda case: case.name)
-def test_on_a_device(case, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    check_case(case, "cuda")
+def test_on_a_device(case):
+    with tf32_allowed(False):
+        check_case(case, "cuda")
 
 
 @pytest.mark.gpu
 @DEVICE
 @pytest.mark.parametrize("name", CHECKS)
-def test_check_on_a_device(name, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    CHECKS[name]("cuda")
+def test_check_on_a_device(name):
+    with tf32_allowed(False):
+        CHECKS[name]("cuda")
 
 
 # ---- choice of backend ------------------------------------------------------------------------------------
@@ -167,7 +169,8 @@ def test_opcheck_on_a_device(name):
         value.normal_().abs_()
     calls = Recorded(torch.ops.lkconv_triton)
     run_all(calls, tensors, (3, 5))
-    torch.library.opcheck(getattr(torch.ops.lkconv_triton, name).default, calls.arguments[name])
+    with deterministic(False):
+        torch.library.opcheck(getattr(torch.ops.lkconv_triton, name).default, calls.arguments[name])
 
 
 @pytest.mark.gpu

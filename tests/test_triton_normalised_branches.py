@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter has a process of its own", allow_module_level=True)
 
+from float32_precision import tf32_allowed
 from normalised_branches_cases import SUMS
 from triton_normalised_branches_checks import CHECKS, INTERPRETED_GROUPS, training_checks, value_checks
 from triton_support import run_interpreted
@@ -32,9 +33,10 @@ def test_interpreted(group, tmp_path):
 
 
 @pytest.fixture
-def exact_products(monkeypatch):
+def exact_products():
     """float32 convolutions of branches apart in float32."""
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    with tf32_allowed(False):
+        yield
 
 
 @pytest.mark.gpu
