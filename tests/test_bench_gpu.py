@@ -20,6 +20,7 @@ from bench import (
     measure,
     problem,
     report,
+    roofline,
     targets,
     verdicts,
 )
@@ -114,6 +115,51 @@ def test_lack_of_memory_on_a_gpu_ends_a_cell_and_not_the_run(monkeypatch):
     assert planned.left_out == [((TINY, "float32", "forward"), "OutOfMemoryError: CUDA out of memory.")]
     with pytest.raises(torch.OutOfMemoryError):
         list(depthwise_conv2d.run(depthwise_conv2d.schedule(both, QUICK), QUICK))
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A run on "cuda" whose tensors are on the CPU and whose calls all take a millisecond."""
+
+    def problems(layer, batch, dtype, pass_name, device, seed=0):
+        assert device == "cuda"
+        return problem.make_problems(layer, batch, dtype, pass_name, "cpu", seed=seed)
+
+    def time_cuda(runs, size, cache, budget):
+        return {index: measure.Times([1e-3, 1e-3]) for index in runs}
+
+    facts = {**machine.machine("cpu"), "device": "cuda", "gpu": "a GPU", "arch": "sm_90"}
+    ceilings = {"copy_gbps": 1e-3, "cached_copy_gbps": None, "matmul_gflops": {"float32": 1e3}}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "machine", lambda device: facts)
+    monkeypatch.setattr(machine, "versions", lambda: {"torch": torch.__version__})
+    monkeypatch.setattr(machine, "l2_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(roofline, "ceilings", lambda device, dtypes: ceilings)
+    monkeypatch.setattr(depthwise_conv2d, "make_problems", problems)
+    monkeypatch.setattr(measure, "time_cuda", time_cuda)
+    before = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32
+    with tf32_allowed(True):
+        yield
+    torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_a_whole_run_on_a_gpu(precision, pretended_gpu, tmp_path, capsys):
+    path, picture = tmp_path / "run.json", tmp_path / "run.png"
+    more = ["--device", "cuda", "--json", str(path), "--plot", str(picture), "--budget", "600"]
+    assert run_of_two_layers(*more, *(["--tf32"] if precision == "tf32" else [])) == 0
+    content = report.load(path)
+    assert {row["precision"] for row in content["rows"]} == {precision}
+    assert {row["dtype"] for row in content["rows"]} == {"float32"} and not content["not_run"]
+    assert content["ceilings"]["copy_gbps"] and picture.stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    found = (
+        f"{precision} forward, k<=11, contiguous: wanted 1.3x or 75% of copy bandwidth; no layer below 0.95x"
+    )
+    assert f"  met           {found}; found 1.00x over 4 layers" in printed
+    assert "not measured  published table, float32 forward, k = 31, R = 16: wanted 20x\n" in printed
+    assert cli.main(["table", str(path)]) == 0
+    assert f"| {precision} forward, k<=11, channels_last | " in capsys.readouterr().out
 
 
 def test_random_values_are_drawn_on_the_device(monkeypatch):
