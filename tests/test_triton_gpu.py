@@ -7,7 +7,6 @@ import os
 import pytest
 import torch
 
-from float32_precision import tf32_allowed
 from triton_checks import deterministic
 from triton_support import PASSES, Case, cases, check_pass, kernels, make_inputs, run_pass
 
@@ -28,15 +27,13 @@ LAYERS = (
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch, tmp_path):
-    """Hooks on, choices in a folder of the test's own, exact float32 products."""
+def environment(monkeypatch, tmp_path, exact_products):
+    """Hooks on, choices in a folder of the test's own."""
     from lkconv.ops import register_hooks
 
     kernels()
     register_hooks("lkconv_triton")
     monkeypatch.setenv("LKCONV_CACHE_DIR", str(tmp_path))
-    with tf32_allowed(False):
-        yield
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import lkconv
-from float32_precision import tf32_allowed
 from lkconv import backends
 from triton_support import kernels, run_interpreted
 
@@ -48,17 +47,15 @@ def test_interpreted(name, outcomes):
 @pytest.mark.gpu
 @DEVICE
 @pytest.mark.parametrize("case", ON_DEVICE, ids=lambda case: case.name)
-def test_on_a_device(case):
-    with tf32_allowed(False):
-        check_case(case, "cuda")
+def test_on_a_device(case, exact_products):
+    check_case(case, "cuda")
 
 
 @pytest.mark.gpu
 @DEVICE
 @pytest.mark.parametrize("name", CHECKS)
-def test_check_on_a_device(name):
-    with tf32_allowed(False):
-        CHECKS[name]("cuda")
+def test_check_on_a_device(name, exact_products):
+    CHECKS[name]("cuda")
 
 
 # ---- choice of backend ------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter has a process of its own", allow_module_level=True)
 
-from float32_precision import tf32_allowed
 from normalised_branches_cases import SUMS
 from triton_normalised_branches_checks import CHECKS, INTERPRETED_GROUPS, training_checks, value_checks
 from triton_support import run_interpreted
@@ -30,13 +29,6 @@ def test_interpreted(group, tmp_path):
     found = run_interpreted(list(INTERPRETED_GROUPS[group]), tmp_path)
     failures = [f"{name}:\n{failure}" for name, failure in found.items() if failure is not None]
     assert not failures, "\n".join(failures)
-
-
-@pytest.fixture
-def exact_products():
-    """float32 convolutions of branches apart in float32."""
-    with tf32_allowed(False):
-        yield
 
 
 @pytest.mark.gpu
