@@ -62,8 +62,13 @@ def tensors(case: Case, dtype: torch.dtype) -> Tensors:
     x = torch.randn(case.size, generator=generator, dtype=torch.float64)
     weight = torch.randn(channels, 1, *case.kernel, generator=generator, dtype=torch.float64)
     bias = torch.randn(channels, generator=generator, dtype=torch.float64)
-    shape = F.conv2d(x, weight, None, case.stride, case.padding, case.dilation, case.size[1]).shape
-    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+    height, width = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(
+            case.size[2:], case.padding, case.dilation, case.kernel, case.stride, strict=True
+        )
+    )
+    grad = torch.randn(case.size[0], channels, height, width, generator=generator, dtype=torch.float64)
     x, grad = (place(t.to(dtype).cuda(), case.layout) for t in (x, grad))
     return x, weight.to(dtype).cuda(), bias.to(dtype).cuda(), grad
 
