@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
@@ -11,16 +12,26 @@ from importlib import import_module
 import torch
 from tqdm import tqdm
 
-from bench import depthwise_conv2d, group_mix, machine, reparam, report, table
+from bench import depthwise_conv2d, group_mix, machine, reparam, report, roofline, table, verdicts
 from bench.allocator import keep_freed_memory
+from bench.implementations import is_ours, why_not
 from bench.problem import DTYPES, PASSES
+from bench.schedule import Schedule
 from bench.shapes import SUITES, layers
+from lkconv import backends
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text}")
     return value
 
 
@@ -58,8 +69,16 @@ def _parser() -> argparse.ArgumentParser:
         "--compile", action="store_true", help="also measure F.conv2d under torch.compile (slow)"
     )
     conv.add_argument("--tf32", action="store_true", help="allow TF32 on a GPU, for everyone")
+    conv.add_argument(
+        "--backend", nargs="+", choices=[b.name for b in backends.BACKENDS], default=[], metavar="BACKEND",
+        help="lkconv's backends, rows for each (default: its own choice), such as: cuda triton",
+    )  # fmt: skip
+    conv.add_argument(
+        "--budget", type=_seconds, metavar="SECONDS",
+        help="end within this time: most important rows first, the rest is listed as not run",
+    )  # fmt: skip
     conv.add_argument("--compact", action="store_true", help="one line a layer")
-    conv.add_argument("--json", metavar="FILE", help="write all rows")
+    conv.add_argument("--json", metavar="FILE", help="write all rows, after every layer")
     conv.add_argument("--plot", metavar="FILE.png", help="draw speed-ups and rooflines")
     conv.add_argument("--base", metavar="FILE", help="compare with an earlier --json file")
     conv.set_defaults(run=_depthwise_conv2d)
@@ -99,12 +118,8 @@ def _module(name: str, arguments: argparse.Namespace) -> int:
     return import_module(f"bench.{name}").main(arguments)
 
 
-def _depthwise_conv2d(arguments: argparse.Namespace) -> int:
-    chosen = tuple(layer for layer in layers(*arguments.suite) if arguments.filter in layer.name)
-    if not chosen:
-        sys.exit(f"bench: no layer of {', '.join(arguments.suite)} has {arguments.filter!r} in its name")
-    base = report.load(arguments.base)["rows"] if arguments.base else None
-    settings = depthwise_conv2d.Settings(
+def _settings(arguments: argparse.Namespace) -> depthwise_conv2d.Settings:
+    return depthwise_conv2d.Settings(
         dtypes=tuple(dict.fromkeys(arguments.dtype)),
         passes=PASSES if "all" in arguments.passes else tuple(dict.fromkeys(arguments.passes)),
         device=arguments.device,
@@ -112,28 +127,76 @@ def _depthwise_conv2d(arguments: argparse.Namespace) -> int:
         quick=arguments.quick,
         compiled=arguments.compile,
         tf32=arguments.tf32,
+        backends=tuple(dict.fromkeys(arguments.backend)),
+        seconds=arguments.budget,
     )
+
+
+def _check_backends(settings: depthwise_conv2d.Settings) -> None:
+    device = torch.device(settings.device)
+    for backend in settings.backends:
+        for dtype in settings.dtypes:
+            if reason := why_not(backend, device, getattr(torch, dtype)):
+                sys.exit(f"bench: --backend {backend} with {dtype} on {settings.device}: {reason}")
+
+
+def _depthwise_conv2d(arguments: argparse.Namespace) -> int:
+    started = time.monotonic()
+    chosen = tuple(layer for layer in layers(*arguments.suite) if arguments.filter in layer.name)
+    if not chosen:
+        sys.exit(f"bench: no layer of {', '.join(arguments.suite)} has {arguments.filter!r} in its name")
+    base = report.load(arguments.base)["rows"] if arguments.base else None
+    settings = _settings(arguments)
+    _check_backends(settings)
     print(machine.describe(machine.machine(settings.device)), flush=True)
-    show = report.format_cell_compact if arguments.compact else report.format_cell
+    ceilings = None
+    if settings.device == "cuda":
+        depthwise_conv2d.set_up_gpu(settings)
+        ceilings = roofline.ceilings(settings.device, settings.dtypes)
+    planned = depthwise_conv2d.schedule(chosen, settings, started)
     rows: list[dict] = []
-    for cell in depthwise_conv2d.run(chosen, settings, partial(tqdm, unit="cell", dynamic_ncols=True)):
+
+    def save() -> None:
+        if arguments.json:
+            facts = {**asdict(settings), "suites": arguments.suite}
+            report.save(arguments.json, rows, facts, ceilings, _not_run(planned, settings))
+
+    show = report.format_cell_compact if arguments.compact else report.format_cell
+    for cell in depthwise_conv2d.run(planned, settings, partial(tqdm, unit="cell", dynamic_ncols=True)):
         rows += cell
         tqdm.write(show(cell))
-    ceilings = None
-    if arguments.json or arguments.plot:
-        from bench import roofline
-
+        sys.stdout.flush()
+        save()
+    if ceilings is None and (arguments.json or arguments.plot):
         ceilings = roofline.ceilings(settings.device, settings.dtypes)
-    print(f"\n{report.format_summary(rows)}")
-    if base is not None:
-        print(f"\n{report.format_comparison(rows, base)}")
-    if arguments.json:
-        report.save(arguments.json, rows, {**asdict(settings), "suites": arguments.suite}, ceilings)
-    if arguments.plot:
+    save()
+    _print_summary(rows, ceilings, base, planned, settings)
+    if arguments.plot and rows:
         from bench import plots
 
         plots.draw(rows, ceilings, arguments.plot)
-    return 1 if any(not row["correct"] for row in rows if row["implementation"] == "lkconv") else 0
+    wrong = any(not row["correct"] for row in rows if is_ours(row["implementation"]))
+    return 1 if wrong or planned.failures else 0
+
+
+def _not_run(planned: Schedule, settings: depthwise_conv2d.Settings) -> list[dict]:
+    return [
+        {"layer": layer.name, "batch": settings.batch_of(layer), "dtype": dtype,
+         "precision": settings.precision(dtype), "pass": pass_name, "reason": reason}
+        for (layer, dtype, pass_name), reason in planned.left_out
+    ]  # fmt: skip
+
+
+def _print_summary(rows, ceilings, base, planned: Schedule, settings: depthwise_conv2d.Settings) -> None:
+    copy_gbps = (ceilings or {}).get("copy_gbps")
+    print(f"\n{report.format_summary(rows, copy_gbps)}")
+    if settings.device == "cuda":
+        print(f"\n{verdicts.format_verdicts(verdicts.evaluate(rows, copy_gbps), copy_gbps)}")
+    if planned.left_out:
+        print(f"\n{report.format_not_run(_not_run(planned, settings), len(planned))}")
+    if base is not None:
+        print(f"\n{report.format_comparison(rows, base)}")
+    sys.stdout.flush()
 
 
 def main(argv: list[str] | None = None) -> int:

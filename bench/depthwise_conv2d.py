@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -11,12 +12,14 @@ import torch
 
 from bench import gate, machine, measure
 from bench.contention import Contention
-from bench.implementations import Implementation, algorithm, implementations
+from bench.implementations import Implementation, explained, implementations, is_ours
 from bench.problem import LAYOUTS, Problem, make_problems
+from bench.schedule import Cell, Schedule
 from bench.shapes import Layer
 
 LONG = 4.0  # seconds: a cell that takes longer is measured once
-ATTEMPTS = {True: 2, False: 3}  # by Settings.quick: how often a cell that others disturbed is measured
+# By Settings.quick: how often a cell that others disturbed is measured. They do not slow a GPU: once there.
+ATTEMPTS = {True: 2, False: 3}
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,16 @@ class Settings:
     quick: bool = False
     compiled: bool = False
     tf32: bool = False
+    backends: tuple[str, ...] = ()
+    seconds: float | None = None  # in which the run must end
 
     @property
     def budget(self) -> measure.Budget:
         return measure.QUICK if self.quick else measure.FULL
+
+    def precision(self, dtype: str) -> str:
+        """What products are rounded to: the dtype, or tf32 where a GPU may do that to float32."""
+        return "tf32" if self.tf32 and dtype == "float32" and self.device == "cuda" else dtype
 
     def batch_of(self, layer: Layer) -> int:
         """The asked batch; else the layer's own on a GPU, and one of about a second's work on a CPU."""
@@ -40,8 +49,8 @@ class Settings:
         return layer.cpu_batch(1e9 if self.quick else 2e9) if self.device == "cpu" else layer.batch
 
 
-def cells(rows: tuple[Layer, ...], settings: Settings) -> list[tuple[Layer, str, str]]:
-    """What is measured together: (layer, dtype, pass)."""
+def cells(rows: tuple[Layer, ...], settings: Settings) -> list[Cell]:
+    """What is measured together."""
     return [(layer, *rest) for layer in rows for rest in product(settings.dtypes, settings.passes)]
 
 
@@ -54,7 +63,7 @@ def measure_cell(
 ) -> list[dict]:
     """Gates, times and compares all implementations of one cell; returns its rows."""
     if candidates is None:
-        candidates = implementations(settings.compiled)
+        candidates = implementations(settings.compiled, settings.backends)
     batch = settings.batch_of(layer)
     problems = make_problems(layer, batch, dtype, pass_name, settings.device)
     expected = gate.reference(problems["contiguous"])
@@ -65,7 +74,7 @@ def measure_cell(
             if layout not in candidate.layouts or candidate.declines(problem):
                 continue
             verdict, run = _gate(candidate, problem, expected, settings.tf32)
-            rows.append(_row(candidate.name, problem, verdict, settings))
+            rows.append(_row(candidate, problem, verdict, settings))
             if verdict.ok:
                 runs[len(rows) - 1] = (candidate, problem, run)
         del expected
@@ -90,7 +99,7 @@ def _gate(candidate: Implementation, problem: Problem, expected, tf32: bool):
 def _time_undisturbed(runs: dict, settings: Settings) -> tuple[dict[int, measure.Times], float | None]:
     """Times, and the cores that other processes kept busy meanwhile: the calmest of up to three attempts."""
     best: tuple[dict[int, measure.Times], float | None] = ({}, None)
-    for attempt in range(ATTEMPTS[settings.quick]):
+    for attempt in range(ATTEMPTS[settings.quick] if settings.device == "cpu" else 1):
         with Contention() as contention:
             times = _time(runs, settings)
         calmer = best[1] is None or (contention.cores or 0) < best[1]
@@ -119,7 +128,8 @@ def _time(runs: dict, settings: Settings) -> dict[int, measure.Times]:
     return measure.time_cuda(rotated, some.bytes, cache, settings.budget)
 
 
-def _row(name: str, problem: Problem, verdict: gate.Verdict, settings: Settings) -> dict:
+def _row(candidate: Implementation, problem: Problem, verdict: gate.Verdict, settings: Settings) -> dict:
+    backend, algorithm = explained(problem, candidate.backend) if candidate.ours else ("", "")
     layer = asdict(problem.layer)
     layer["layer"] = layer.pop("name")
     layer.pop("batch")
@@ -128,10 +138,12 @@ def _row(name: str, problem: Problem, verdict: gate.Verdict, settings: Settings)
         "batch": problem.batch,
         "size_class": problem.layer.size_class,
         "dtype": problem.dtype,
+        "precision": settings.precision(problem.dtype),
         "layout": problem.layout,
         "pass": problem.pass_name,
-        "implementation": name,
-        "algorithm": algorithm(problem) if name == "lkconv" else "",
+        "implementation": candidate.name,
+        "backend": backend,
+        "algorithm": algorithm,
         "device": settings.device,
         "correct": verdict.ok,
         "reason": verdict.reason,
@@ -158,7 +170,7 @@ def _add_times(row: dict, summary: dict, foreign: float | None, problem: Problem
 
 
 def _best(rows: list[dict], family: str = "") -> dict | None:
-    peers = [r for r in rows if r["implementation"] != "lkconv" and r["time"]]
+    peers = [r for r in rows if not is_ours(r["implementation"]) and r["time"]]
     peers = [r for r in peers if r["implementation"].startswith(family)]
     return min(peers, key=lambda r: r["time"]["median"], default=None)
 
@@ -180,12 +192,34 @@ def _add_ratios(rows: list[dict]) -> None:
             row["best_peer"] = f"{best['implementation']} {best['layout']}"
 
 
-def run(layers: tuple[Layer, ...], settings: Settings, progress=iter) -> Iterator[list[dict]]:
-    """Yields the rows of one cell after another, each with its machine and versions."""
+def schedule(layers: tuple[Layer, ...], settings: Settings, started: float | None = None) -> Schedule:
+    """The cells of a run, whose time counts from ``started`` (on ``time.monotonic``; default: now)."""
+    started = time.monotonic() if started is None else started
+    deadline = None if settings.seconds is None else started + settings.seconds
+    return Schedule(
+        cells(layers, settings), lambda cell: float(cell[0].flops(settings.batch_of(cell[0]))), deadline
+    )
+
+
+def set_up_gpu(settings: Settings) -> None:
+    """The fastest that peers have; float32 products in float32 unless tf32 is asked for."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = settings.tf32
+    torch.backends.cuda.matmul.allow_tf32 = settings.tf32
+
+
+def run(planned: Schedule, settings: Settings, progress=iter) -> Iterator[list[dict]]:
+    """Yields the rows of one cell after another, each with its machine and versions.
+
+    A cell that fails on a GPU, for want of memory say, is noted in ``planned`` and does not end the run.
+    """
     facts, used = machine.machine(settings.device), machine.versions()
-    if settings.device == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = settings.tf32
-        torch.backends.cuda.matmul.allow_tf32 = settings.tf32
-    for cell in progress(cells(layers, settings)):
-        yield [{**row, "machine": facts, "versions": used} for row in measure_cell(*cell, settings)]
+    for cell in progress(planned):
+        try:
+            rows = measure_cell(*cell, settings)
+        except RuntimeError as error:
+            if settings.device == "cpu":
+                raise
+            planned.failed(cell, error)
+            continue
+        yield [{**row, "machine": facts, "versions": used} for row in rows]

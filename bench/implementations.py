@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,25 @@ Run = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Implementation:
-    """``prepare`` does what is not timed and returns the timed call; ``declines`` gives a reason or ''."""
+    """``prepare`` does what is not timed and returns the timed call; ``declines`` gives a reason or ''.
+
+    lkconv's are named ``lkconv`` and, on further backends, ``lkconv:NAME``; ``backend`` is the asked one.
+    """
 
     name: str
     prepare: Callable[[Problem], Run]
     declines: Callable[[Problem], str] = lambda problem: ""
     layouts: tuple[str, ...] = LAYOUTS
+    backend: str | None = None
+
+    @property
+    def ours(self) -> bool:
+        return is_ours(self.name)
+
+
+def is_ours(implementation: str) -> bool:
+    """Whether rows of this name are lkconv's, not a peer's."""
+    return implementation.partition(":")[0] == "lkconv"
 
 
 def _geometry(problem: Problem) -> tuple[list[int], list[int], list[int]]:
@@ -49,6 +63,32 @@ def prepare_lkconv(problem: Problem) -> Run:
             return op(*arguments)
 
     return run
+
+
+def lkconv_on(backend: str, name: str) -> Implementation:
+    """lkconv held to one backend."""
+
+    def prepare(problem: Problem) -> Run:
+        with lkconv.use_backend(backend):
+            run = prepare_lkconv(problem)
+
+        def held() -> torch.Tensor:
+            with lkconv.use_backend(backend):
+                return run()
+
+        return held
+
+    def declines(problem: Problem) -> str:
+        return why_not(backend, problem.input.device, problem.input.dtype)
+
+    return Implementation(name, prepare, declines, backend=backend)
+
+
+def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why lkconv would not take this backend if asked to, or ''."""
+    with lkconv.use_backend(backend):
+        choice = lkconv.backends.choose(device, dtype)
+    return "" if choice.name == backend else dict(choice.declined)[backend]
 
 
 def prepare_conv2d(problem: Problem) -> Run:
@@ -138,12 +178,21 @@ COMPILED = Implementation("conv2d+compile", prepare_compiled_conv2d)
 FFT = Implementation("torch.fft", prepare_fft, fft_declines, layouts=("contiguous",))
 
 
-def implementations(compiled: bool = False) -> list[Implementation]:
-    return [LKCONV, CONV2D, *([COMPILED] if compiled else []), FFT]
+def implementations(compiled: bool = False, backends: tuple[str, ...] = ()) -> list[Implementation]:
+    """lkconv, on its own choice of a backend or on each of ``backends``, and its peers."""
+    ours = [lkconv_on(b, f"lkconv:{b}" if i else "lkconv") for i, b in enumerate(backends)] or [LKCONV]
+    return [*ours, CONV2D, *([COMPILED] if compiled else []), FFT]
 
 
-def algorithm(problem: Problem) -> str:
-    """The algorithm that lkconv's planner picks for this problem, with the backend in front off the CPU."""
-    report = lkconv.explain(problem.input, problem.weight, None, *_geometry(problem))
-    name = report.passes[problem.pass_name].algorithm
-    return name if report.backend == "cpu" else f"{report.backend}:{name}"
+def explained(problem: Problem, backend: str | None = None) -> tuple[str, str]:
+    """Backend and algorithm that lkconv picks for this problem; off the CPU the second names both.
+
+    Never raises: a report that cannot be made must not cost the measurement it describes.
+    """
+    try:
+        with lkconv.use_backend(backend) if backend else nullcontext():
+            report = lkconv.explain(problem.input, problem.weight, None, *_geometry(problem))
+        name = report.passes[problem.pass_name].algorithm
+    except Exception as error:
+        return backend or "unknown", f"unknown ({type(error).__name__}: {error})"
+    return report.backend, name if report.backend == "cpu" else f"{report.backend}:{name}"

@@ -102,12 +102,20 @@ def time_cuda(
             spent, done = sum(times[name].samples), times[name].samples
             if turn and spent >= budget.seconds and len(done) >= budget.least:
                 continue
-            typical = statistics.median(done) if done else 0.0
-            calls = 3 if not done else int(budget.seconds / budget.turns / max(typical, 1e-6))
+            if not done:
+                times[name].samples = _first_calls(sets, budget, flush[name])
+                continue
+            calls = int(budget.seconds / budget.turns / max(statistics.median(done), 1e-6))
             calls = max(1, min(calls, budget.most // budget.turns))
             samples = _turn_cuda(sets, calls, flush[name])
             times[name].samples = samples if turn <= 1 else done + samples
     return times
+
+
+def _first_calls(sets: Sequence[Run], budget: Budget, flush: Run) -> list[float]:
+    """Three calls; one where that takes long, as warming up does not change what seconds of work cost."""
+    samples = _turn_cuda(sets, 1, flush)
+    return samples if samples[0] > budget.seconds / 2 else samples + _turn_cuda(sets, 2, flush)
 
 
 def _turn_cuda(sets: Sequence[Run], calls: int, flush: Run) -> list[float]:

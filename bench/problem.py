@@ -54,11 +54,9 @@ class Problem:
         return self.layer.taps
 
 
-def _map(batch: int, channels: int, size: tuple[int, int], layer: Layer, seed: int) -> torch.Tensor:
-    """Random values of a feature map, as a channel slice where the layer reads one."""
-    wide = layer.parent_channels or channels
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, wide, *size, generator=generator)
+def _random(size: tuple[int, ...], device: str, seed: int) -> torch.Tensor:
+    """Drawn where they are used: a CPU takes minutes for the maps of a GPU's suite."""
+    return torch.randn(size, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 def make_problems(
@@ -69,17 +67,17 @@ def make_problems(
         raise ValueError(
             f"layer {layer.name!r}: a channel slice with a channel multiplier is no layer of any model"
         )
+    wide = layer.parent_channels  # of the tensor that the layer reads a channel slice of, else 0
     values = (
-        _map(batch, layer.channels, (layer.height, layer.width), layer, 3 * seed),
-        _map(batch, layer.out_channels, layer.out_size, layer, 3 * seed + 1),
+        _random((batch, wide or layer.channels, layer.height, layer.width), device, 3 * seed),
+        _random((batch, wide or layer.out_channels, *layer.out_size), device, 3 * seed + 1),
     )
-    generator = torch.Generator().manual_seed(3 * seed + 2)
-    weight = torch.randn(layer.out_channels, 1, *layer.kernel_size, generator=generator) / layer.taps**0.5
+    weight = _random((layer.out_channels, 1, *layer.kernel_size), device, 3 * seed + 2) / layer.taps**0.5
     kind = getattr(torch, dtype)
-    weight = weight.to(device, kind)
+    weight = weight.to(kind)
     problems = {}
     for layout in layouts:
-        maps = [value.to(device, kind).contiguous(memory_format=MEMORY_FORMATS[layout]) for value in values]
+        maps = [value.to(kind).contiguous(memory_format=MEMORY_FORMATS[layout]) for value in values]
         if layer.parent_channels:
             maps = [value[:, layer.offset : layer.offset + layer.channels] for value in maps]
         own_weight = weight.clone(memory_format=MEMORY_FORMATS[layout])

@@ -19,8 +19,13 @@ Alternatives = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class PassPlan:
-    """How one pass is computed. ``alternatives`` are the other algorithms of the same backend; ``in_place``
-    says that tensors are read where they are, without copies in scratch."""
+    """How one pass is computed.
+
+    ``tile`` is rows by columns (Triton: the sides of a block); ``block`` says what a block of threads does
+    with such tiles (CUDA). ``scratch_bytes`` are those of the whole call, on a CPU those of one thread.
+    ``in_place`` says that tensors are read where they are, without copies in scratch. ``alternatives`` are
+    the other algorithms of the same backend, each with the reason why it was not taken.
+    """
 
     algorithm: str
     tile: Pair | None
@@ -29,6 +34,7 @@ class PassPlan:
     scratch_bytes: int
     alternatives: Alternatives
     in_place: bool = False
+    block: str | None = None
 
     def __str__(self) -> str:
         parts = [self.algorithm]
@@ -36,6 +42,8 @@ class PassPlan:
             parts.append("in place")
         if self.tile is not None:
             parts.append(f"tile {self.tile[0]}x{self.tile[1]}")
+        if self.block is not None:
+            parts.append(self.block)
         if self.isa is not None:
             parts.append(self.isa)
         parts.append(f"{self.flops / 1e6:.3g} MFLOP")
@@ -146,19 +154,41 @@ class _Layout(NamedTuple):
 def _plan(
     backend: str, pass_name: str, problem: Any, dtype: str, device: torch.device, layout: _Layout
 ) -> PassPlan:
+    if backend == "cuda" and 0 in (*problem[0], problem[1]):
+        return PassPlan("none: the tensors are empty", None, None, 0.0, 0, ())
     candidates = _candidates(backend, pass_name, problem, dtype, device, layout)
     if candidates is None:
         algorithm = "aten convolution" if backend == "torch" else backend
         return PassPlan(algorithm, None, None, _direct_flops(*problem), 0, ())
     taken, *others = candidates
+    if not taken["possible"]:
+        return PassPlan("none", None, None, 0.0, 0, tuple((c["algorithm"], c["reason"]) for c in candidates))
     return PassPlan(
         algorithm=taken["algorithm"],
-        tile=taken.get("tile"),
+        tile=None if taken.get("tile") is None else tuple(taken["tile"][-2:]),
         isa=taken.get("isa"),
         flops=taken["flops"],
         scratch_bytes=taken["scratch_bytes"],
-        alternatives=tuple((c["algorithm"], c["reason"]) for c in others),
+        alternatives=tuple((c["algorithm"], _why_not(backend, c, taken)) for c in others),
         in_place=taken.get("in_place", False),
+        block=_block(taken) if backend == "cuda" else None,
+    )
+
+
+def _why_not(backend: str, declined: dict[str, Any], taken: dict[str, Any]) -> str:
+    reason = declined["reason"]
+    if backend == "cuda" and declined["possible"]:
+        reason += f": {declined['cycles']:.3g} cycles against {taken['cycles']:.3g}"
+    return reason
+
+
+def _block(plan: dict[str, Any]) -> str:
+    """What a block of the CUDA kernel does: tiles, one after the other, and the planes of each."""
+    channels, images = plan["tile"][:2]
+    tiles = plan["tiles_per_block"]
+    return (
+        f"{tiles} tile{'s' * (tiles > 1)} a block, each of {channels} channel{'s' * (channels > 1)} "
+        f"and {images} image{'s' * (images > 1)}"
     )
 
 
@@ -188,10 +218,16 @@ def _candidates(
         module: Any = backends.cuda_module()[0]
         cudnn: Any = torch.backends.cudnn
         tf32 = cudnn.conv.fp32_precision == "tf32"
-        with torch.cuda.device(device):
-            return module.plan(pass_name, *problem, dtype, layout.channels_last, tf32, **module.machine())
+        return module.plan(pass_name, *problem, dtype, layout.channels_last, tf32, **_cuda_machine(device))
     planner = importlib.import_module("lkconv.triton_kernels").plan
     return planner(pass_name, *problem, dtype, device.index or 0, layout.channels_last)
+
+
+def _cuda_machine(device: torch.device) -> dict[str, int]:
+    """The GPU as the CUDA planner wants to know it."""
+    module: Any = backends.cuda_module()[0]
+    with torch.cuda.device(device):
+        return module.machine()
 
 
 def _direct_flops(

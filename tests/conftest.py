@@ -6,6 +6,8 @@ import hypothesis
 import pytest
 import torch
 
+from float32_precision import tf32_allowed
+
 # "ci" repeats the same examples on every run; "explore" looks for new ones: HYPOTHESIS_PROFILE=explore.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True, database=None)
 hypothesis.settings.register_profile("explore", deadline=None, print_blob=True, max_examples=2000)
@@ -29,6 +31,13 @@ def poisoned_memory():
     assert torch.empty(4).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def exact_products():
+    """torch's float32 convolutions are in float32 on GPUs too."""
+    with tf32_allowed(False):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import itertools
 import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cuda_host.cases import CASES, PASSES, Case, same
+from float32_precision import tf32_allowed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,16 +41,6 @@ DTYPE_AND_ALGORITHM = [
 ]
 
 
-@contextmanager
-def tf32_allowed(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = before
-
-
 def place(t: torch.Tensor, layout: str) -> torch.Tensor:
     """The values of `t` in a layout, surrounded by NaN where the layout has a surrounding."""
     if layout == "nhwc":
@@ -72,8 +62,13 @@ def tensors(case: Case, dtype: torch.dtype) -> Tensors:
     x = torch.randn(case.size, generator=generator, dtype=torch.float64)
     weight = torch.randn(channels, 1, *case.kernel, generator=generator, dtype=torch.float64)
     bias = torch.randn(channels, generator=generator, dtype=torch.float64)
-    shape = F.conv2d(x, weight, None, case.stride, case.padding, case.dilation, case.size[1]).shape
-    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+    height, width = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(
+            case.size[2:], case.padding, case.dilation, case.kernel, case.stride, strict=True
+        )
+    )
+    grad = torch.randn(case.size[0], channels, height, width, generator=generator, dtype=torch.float64)
     x, grad = (place(t.to(dtype).cuda(), case.layout) for t in (x, grad))
     return x, weight.to(dtype).cuda(), bias.to(dtype).cuda(), grad
 

@@ -30,12 +30,6 @@ def test_interpreted(group, tmp_path):
     assert not failures, "\n".join(failures)
 
 
-@pytest.fixture
-def exact_products(monkeypatch):
-    """float32 convolutions of branches apart in float32."""
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-
-
 @pytest.mark.gpu
 @DEVICE
 @pytest.mark.parametrize("name", ON_DEVICE)

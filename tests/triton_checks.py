@@ -290,11 +290,12 @@ def check_merged_convolution() -> None:
 def deterministic(wanted: bool) -> Iterator[None]:
     """The poison of torch.empty is off where torch itself compares results that it fills later."""
     before = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(wanted)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=only_warned)
 
 
 def merge_value_checks() -> dict[str, Callable[[], None]]:
