@@ -247,23 +247,17 @@ def built_module():
     return module
 
 
-def planned(module, g: Geometry, pass_name: str, dtype: str) -> dict:
-    size = (g.batch, g.channels, g.height, g.width)
-    name, tf32 = ("float32", True) if dtype == "tf32" else (dtype, False)
-    geometry = (g.kernel, g.stride, g.padding, g.dilation)
-    return module.plan(pass_name, size, g.channels, *geometry, name, tf32=tf32)[0]
-
-
 @pytest.mark.parametrize("pass_name", tables.PASSES)
 @pytest.mark.parametrize("dtype", ("bfloat16", "tf32"))
 def test_products_are_counted_as_the_planner_counts_them(pass_name: str, dtype: str) -> None:
     """Two derivations of one number: the planner's cost model and this one walk the same tiles."""
-    module, seen = built_module(), 0
+    built_module()
+    seen = 0
     for size in ((64, 384, 32, 32), (32, 128, 56, 56), (32, 512, 14, 14), (32, 64, 7, 7), (1, 384, 30, 50)):
         for kernel in ((3, 3), (7, 7), (13, 13), (31, 31), (51, 5), (5, 51)):
             padding = (kernel[0] // 2, kernel[1] // 2)
             g = Geometry(*size, kernel, (1, 1), padding)
-            plan = planned(module, g, pass_name, dtype)
+            plan = tables.planned(g, pass_name, dtype)
             if plan["algorithm"] != "toeplitz":
                 continue
             depth, seen = (8 if dtype == "tf32" else 16), seen + 1
@@ -299,23 +293,42 @@ def test_nothing_is_predicted_below_its_floor(machine_code) -> None:
         assert row.per_sm >= 1, row
 
 
-def test_packing_is_predicted(machine_code) -> None:
+def test_channels_last_packs_or_is_refused(machine_code) -> None:
     code, _ = machine_code
-    g, module = Geometry(32, 96, 56, 56, (13, 13), (1, 1), (6, 6)), built_module()
-    plan = module.plan(
-        "forward",
-        (32, 96, 56, 56),
-        96,
-        g.kernel,
-        g.stride,
-        g.padding,
-        g.dilation,
-        "bfloat16",
-        channels_last=True,
-    )[0]
-    found = cuda.launches(code, g, "forward", "bfloat16", plan, channels_last=True)
+    g = Geometry(32, 96, 56, 57, (13, 13), (1, 1), (6, 6))
+    plan = tables.planned(g, "forward", "bfloat16", channels_last=True)
+    found = cuda.launches(code, g, "forward", "bfloat16", plan)
     assert [x.kernel.split("<")[0] for x in found] == ["pack", "pack", "toeplitz_forward"]
-    assert found[0].work.kinds["LDG"] >= math.prod((32, 96, 56, 56)) / 32
+    assert found[0].work.kinds["LDG"] >= math.prod((32, 96, 56, 57)) / 32
+    assert cuda.vector_bytes(57, "bfloat16", packed=True) == 16
+    small = Geometry(32, 96, 56, 56, (3, 3), (1, 1), (1, 1))
+    plan = tables.planned(small, "forward", "bfloat16", channels_last=True)
+    assert plan["algorithm"] == "direct"
+    with pytest.raises(ValueError, match="channels_last"):
+        cuda.launches(code, small, "forward", "bfloat16", plan)
+
+
+def test_moves_of_every_kernel(machine_code) -> None:
+    """Every kernel in the tables has each kind of code once; one that loses it fails in `sass.find`."""
+    code, _ = machine_code
+    for name in filter(tables.counted, code):
+        if name.startswith("direct_"):
+            m = cuda.moves(code, name)
+            assert m.staged is not None and m.staged > 4, name
+        elif name.startswith("toeplitz_"):
+            m = cuda.moves(code, name)
+            assert len(m.copied) == (3 if "tf32" in name else 4) and min(m.copied) > 4, name
+            assert (m.band is not None and m.tile is not None) == ("forward" in name), name
+
+
+def test_command_writes_the_page(machine_code, tmp_path: Path) -> None:
+    from bench.__main__ import main
+
+    path = tmp_path / "page.md"
+    path.write_text(f"{tables.BEGIN}\n{tables.END}\n")
+    assert main(["predict", "--no-triton", "--write", str(path)]) == 0
+    text = path.read_text()
+    assert "Predicted times of the CUDA kernels" in text and "Triton" not in text
 
 
 def documented() -> tuple[str, dict[str, tuple[int, int]]]:

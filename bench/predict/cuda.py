@@ -8,6 +8,7 @@ the kernels derive it. Where the planner counts multiply-adds itself, the two co
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -132,9 +133,9 @@ def window_columns(g: Geometry, x0: int, cols: int) -> tuple[int, int]:
     return left, min(g.width - 1, x0 - g.padding[1] + cols - 1 + extent)
 
 
-def vector_bytes(width: int, dtype: str) -> int:
-    """Bytes of one copy: the largest power of two that divides a row, at most 16."""
-    row = width * SIZE[dtype] | 16
+def vector_bytes(width: int, dtype: str, packed: bool = False) -> int:
+    """Bytes of one copy: the largest power of two that divides a row, at most 16; packed rows are aligned."""
+    row = 16 if packed else width * SIZE[dtype] | 16
     return row & -row
 
 
@@ -207,7 +208,14 @@ def row_overhead(found: list[Loop], inner: Loop) -> list[Instruction]:
     return [i for i in code if i.name not in ("FFMA", "LDS")]
 
 
+def by_rows(plan: dict) -> None:
+    """Tiles of channels_last tensors are 16 channels deep, and staged by a loop that is not counted here."""
+    if plan.get("channels_last"):
+        raise ValueError("direct kernels over channels_last tensors are not predicted")
+
+
 def direct_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
+    by_rows(plan)
     name = {-1: "strided", 0: "any"}.get(plan["kernel"][0], plan["kernel"][0])
     kernel = f"direct_forward<{'float32' if dtype == 'tf32' else dtype}, {name}>"
     found = loops(code[kernel])
@@ -256,6 +264,7 @@ def warp_rows(g: Geometry, y0: int, rows: int, strips: int, tile_h: int, channel
 
 
 def direct_weight(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
+    by_rows(plan)
     unit = bool(plan["kernel"][0])
     kernel = f"direct_weight<{'float32' if dtype == 'tf32' else dtype}, {'unit' if unit else 'strided'}>"
     found = loops(code[kernel])
@@ -327,7 +336,11 @@ def toeplitz_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
     kernel = f"toeplitz_forward<{dtype}, {m_tiles}x{n_tiles}>"
     found, depth = loops(code[kernel]), 8 if dtype == "tf32" else 16
     _, images, tile_h, tile_w = plan["tile"]
-    threads, warps, vector = plan["threads"], plan["threads"] // 32, vector_bytes(g.width, dtype)
+    threads, warps, vector = (
+        plan["threads"],
+        plan["threads"] // 32,
+        vector_bytes(g.width, dtype, plan["packs"] > 0),
+    )
     hot, copy, work = products(found), copies(found, vector), Work()
     around = [x for x in found if x.depth == 1 and x.start <= hot.start <= x.end]
     tile_code = once_a_tile(found, around[0], wide=g.out[1] % 2 == 0)
@@ -385,7 +398,11 @@ def toeplitz_weight(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
     kernel = f"toeplitz_weight<{dtype}, {diagonals}>"
     found, depth = loops(code[kernel]), 8 if dtype == "tf32" else 16
     _, images, tile_h, tile_w = plan["tile"]
-    threads, warps, vector = plan["threads"], plan["threads"] // 32, vector_bytes(g.width, dtype)
+    threads, warps, vector = (
+        plan["threads"],
+        plan["threads"] // 32,
+        vector_bytes(g.width, dtype, plan["packs"] > 0),
+    )
     own = owned_rows(g, plan)
     hot, copy, work = products(found), copies(found, vector), Work()
     table = find(
@@ -495,10 +512,11 @@ def tensor_bytes(g: Geometry, dtype: str) -> int:
     return map_bytes(g, dtype) + g.elements()[2] * SIZE[dtype]
 
 
-def launches(
-    code: Code, g: Geometry, pass_name: str, dtype: str, plan: dict, channels_last: bool = False
-) -> list[Launch]:
-    """What one call runs, in order. ``plan`` is the planner's first candidate for it."""
+def launches(code: Code, g: Geometry, pass_name: str, dtype: str, plan: dict) -> list[Launch]:
+    """What one call runs, in order. ``plan`` is the planner's first candidate for it.
+
+    Raises ``ValueError`` for direct kernels over channels_last tensors, which stage by channels.
+    """
     weight = pass_name == "backward_weight"
     seen = g.transposed() if pass_name == "backward_input" else g
     kernels: dict[str, Callable[..., Launch]] = {
@@ -506,13 +524,45 @@ def launches(
         "toeplitz": toeplitz_weight if weight else toeplitz_forward,
     }
     found = []
-    if channels_last and plan["packs"]:
+    if plan["packs"]:
         x, y, _ = seen.elements()
         found = [pack(code, x, dtype), pack(code, y, dtype)]
     found.append(kernels[plan["algorithm"]](code, seen, dtype, plan))
     if weight:
         found.append(reduce_splits(code, g, dtype, plan["workspace_slots"]))
     return found
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Instructions that a kernel spends outside its products; None where it has no such code."""
+
+    staged: float | None = None  # an element of the window, direct kernels
+    copied: tuple[float, ...] = ()  # a copy of 16, 8 and 4 bytes, and of one element, Toeplitz kernels
+    band: float | None = None  # an element of the band
+    row: int | None = None  # a kernel row of the direct kernels, beside its products
+    tile: int | None = None  # a tile, once a warp: indices and stores, of an even width
+
+
+def moves(code: Code, kernel: str) -> Moves:
+    """The costs of a kernel's loops beside the one that multiplies."""
+    found = loops(code[kernel])
+    hot = products(found)
+    if kernel.startswith("direct_"):
+        loop = staging(found)[0]
+        fixed = re.search(r", [357]>", kernel)
+        return Moves(len(loop.body) / loop.count("LDG"), row=None if fixed else len(row_overhead(found, hot)))
+    widths = (16, 8, 4) if "tf32" in kernel else (16, 8, 4, 2)
+    copied = tuple(len(x.body) / copies_in_body(x) for x in (copies(found, width) for width in widths))
+    if kernel.startswith("toeplitz_weight"):
+        return Moves(copied=copied)
+    built = band(found)
+    tiles = next(x for x in found if x.depth == 1 and x.start <= hot.start <= x.end)
+    return Moves(
+        copied=copied,
+        band=len(built.body) / built.count("LDG"),
+        tile=len(once_a_tile(found, tiles, wide=True)),
+    )
 
 
 def matrix_products(g: Geometry, pass_name: str, dtype: str, plan: dict) -> int:

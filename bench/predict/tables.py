@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ LAYERS = (
     "RepLKNet-31B C256 56x56 k3x3 s2",
 )
 TRITON_LAYERS = (0, 1, 2, 3, 4, 5, 6)  # of LAYERS
+CHANNELS_LAST = 7  # also in this layout
 
 
 @dataclass(frozen=True)
@@ -103,24 +105,33 @@ def predict(
     return Prediction(label, dtype, (pass_name,), launches, per_sm, seconds, pixels, floor_seconds(g, dtype))
 
 
-def cuda_predictions(code: cuda.Code, registers: dict[str, int]) -> list[Prediction]:
+def planned(g: cuda.Geometry, pass_name: str, dtype: str, channels_last: bool = False) -> dict:
+    """The CUDA planner's choice on an H200, marked with the layout."""
     import lkconv._C_cuda as module
 
+    size, geometry = (g.batch, g.channels, g.height, g.width), (g.kernel, g.stride, g.padding, g.dilation)
+    name, tf32 = ("float32", True) if dtype == "tf32" else (dtype, False)
+    choice = module.plan(
+        pass_name, size, g.channels, *geometry, name, tf32=tf32, channels_last=channels_last
+    )[0]
+    return choice | {"channels_last": channels_last}
+
+
+def cuda_predictions(code: cuda.Code, registers: dict[str, int]) -> list[Prediction]:
+    cases = [(layer, dtype, False) for layer in chosen_layers() for dtype in ("bfloat16", "tf32", "float32")]
+    cases.append((chosen_layers()[CHANNELS_LAST], "bfloat16", True))
     rows = []
-    for layer in chosen_layers():
+    for layer, dtype, channels_last in cases:
         g = geometry(layer)
-        for dtype in ("bfloat16", "tf32", "float32"):
-            for pass_name in PASSES:
-                if pass_name == "backward_input" and g.stride != (1, 1):
-                    continue
-                plan = module.plan(
-                    pass_name, (g.batch, g.channels, g.height, g.width), g.channels, g.kernel, g.stride,
-                    g.padding, g.dilation, "float32" if dtype == "tf32" else dtype, tf32=dtype == "tf32",
-                )[0]  # fmt: skip
-                if dtype == "tf32" and plan["algorithm"] == "direct":
-                    continue  # the float32 row
-                found = cuda.launches(code, g, pass_name, dtype, plan)
-                rows.append(predict(layer, g, dtype, pass_name, [(x, registers[x.kernel]) for x in found]))
+        for pass_name in PASSES:
+            if pass_name == "backward_input" and g.stride != (1, 1):
+                continue
+            plan = planned(g, pass_name, dtype, channels_last)
+            if dtype == "tf32" and plan["algorithm"] == "direct":
+                continue  # the float32 row
+            found = cuda.launches(code, g, pass_name, dtype, plan)
+            named = replace(layer, name=f"{layer.name}, channels_last") if channels_last else layer
+            rows.append(predict(named, g, dtype, pass_name, [(x, registers[x.kernel]) for x in found]))
     return merged(rows)
 
 
@@ -153,10 +164,9 @@ def number(value: float) -> str:
 def prediction_table(rows: list[Prediction]) -> str:
     units = ("issue", "fma", "integer", "special", "matrix", "shared", "memory")
     lines = [
-        "| layer | dtype | pass | kernel | blocks x warps per SM | instructions | in products | bytes | "
-        + " | ".join(units)
-        + " | predicted | floor | times floor |",
-        "|---" * (11 + len(units)) + "|",
+        "| layer | dtype | pass | kernel | shared KiB | blocks x warps per SM | instructions | in products "
+        "| bytes | " + " | ".join(units) + " | predicted | floor | times floor |",
+        "|---" * (12 + len(units)) + "|",
     ]
     for r in rows:
         main, warps = r.launches[r.main], r.launches[r.main].threads // 32
@@ -164,7 +174,8 @@ def prediction_table(rows: list[Prediction]) -> str:
         moved = sum(x.memory_bytes for x in r.launches) / r.pixels
         us = [1e6 * sum(s[unit] for s in r.seconds) for unit in units]
         bound = max(r.seconds[r.main], key=lambda unit: r.seconds[r.main][unit])
-        cells = [r.layer, r.dtype, ", ".join(r.passes), f"`{main.kernel}`", f"{r.per_sm} x {warps}"]
+        cells = [r.layer, r.dtype, ", ".join(r.passes), f"`{main.kernel}`"]
+        cells += [f"{main.shared / 1024:.0f}", f"{r.per_sm} x {warps}"]
         cells += [number(instructions), f"{100 * main.work.in_products / main.work.instructions:.0f}%"]
         cells += [number(moved), *map(number, us)]
         cells += [f"**{number(1e6 * r.time)}** {bound}", number(1e6 * r.floor)]
@@ -187,7 +198,7 @@ def resource_table(code: cuda.Code, registers: dict[str, int]) -> str:
         "|---" * 12 + "|",
     ]
     for name in sorted(registers):
-        if "float16," in name.replace("bfloat16", "") or "float64" in name or name.endswith("<float16>"):
+        if not counted(name):
             continue
         body = hot_loop(code[name]).body
         n, k = len(body), sass.kinds(body)
@@ -199,6 +210,31 @@ def resource_table(code: cuda.Code, registers: dict[str, int]) -> str:
             f"| {k['integer'] + k['uniform'] + k['imad']} | {k['special']} "
             f"| {k['branch'] + k['barrier']} | {100 * products / n:.0f}% |"
         )
+    return "\n".join(lines)
+
+
+def counted(name: str) -> bool:
+    """float16 shares bfloat16's code but for the conversions; float64 is for gradient checks."""
+    return "float64" not in name and not re.search(r"\bfloat16", name)
+
+
+def moves_table(code: cuda.Code) -> str:
+    """What staging, copies, band and stores cost."""
+    lines = [
+        "| kernel | staged element | copy of 16, 8, 4 bytes, one element | band element | kernel row, tile |",
+        "|---" * 5 + "|",
+    ]
+
+    def cell(value: float | None) -> str:
+        return "" if value is None else f"{value:.0f}"
+
+    for name in sorted(code):
+        if not counted(name) or not name.startswith(("direct_", "toeplitz_")):
+            continue
+        m = cuda.moves(code, name)
+        copied = ", ".join(map(cell, m.copied))
+        per = cell(m.row if m.tile is None else m.tile)
+        lines.append(f"| `{name}` | {cell(m.staged)} | {copied} | {cell(m.band)} | {per} |")
     return "\n".join(lines)
 
 
@@ -237,6 +273,8 @@ def document(with_triton: bool) -> str:
         f"Code read: {ARCH} of `lkconv._C_cuda`, built by CUDA {module.toolkit()}.",
         "#### Hot loops of the CUDA kernels, one iteration",
         resource_table(code, registers),
+        "#### Instructions of the CUDA kernels beside their products",
+        moves_table(code),
         "#### Predicted times of the CUDA kernels, microseconds",
         prediction_table(cuda_predictions(code, registers)),
     ]
