@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -39,7 +39,7 @@ class Work:
     """What a launch executes on all SMs together, in warp instructions and cycles of one SM's units."""
 
     instructions: float = 0.0
-    kinds: Counter[str] = field(default_factory=Counter)
+    kinds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     wavefronts: float = 0.0  # of 128 bytes, between registers and shared memory or the first cache
     matrix_cycles: float = 0.0
     in_products: float = 0.0  # of the instructions, those of loops that multiply

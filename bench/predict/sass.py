@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*[A-Z0-9x.]*)\s*([^;]*);")
 _RESOURCES = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+)")
@@ -140,8 +141,8 @@ def loops(code: Iterable[Instruction]) -> list[Loop]:
 
 
 def find(
-    candidates: Iterable[Loop], what: str, accept: Callable[[Loop], bool], best: Callable[[Loop], object]
-):
+    candidates: Iterable[Loop], what: str, accept: Callable[[Loop], bool], best: Callable[[Loop], Any]
+) -> Loop:
     """The loop that ``accept`` takes and ``best`` ranks highest; ``LookupError`` if there is none."""
     taken = [loop for loop in candidates if accept(loop)]
     if not taken:

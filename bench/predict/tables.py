@@ -11,7 +11,9 @@ from pathlib import Path
 
 from bench.shapes import Layer, layers
 
-from . import cuda, machine, sass, triton
+from . import cuda, kernel_loops, machine, sass, triton
+from .geometry import Geometry
+from .kernel_loops import Code
 
 ARCH = "sm_90a"
 BEGIN = "<!-- predictions: begin; python -m bench predict --write docs/performance.md -->"
@@ -58,15 +60,15 @@ class Prediction:
         return max(range(len(self.launches)), key=lambda i: max(self.seconds[i].values()))
 
 
-def floor_seconds(g: cuda.Geometry, dtype: str) -> float:
+def floor_seconds(g: Geometry, dtype: str) -> float:
     """No kernel is faster: every tensor moved once, or every tap inside the image at the unit's peak."""
     flops = 2 * g.batch * g.channels * g.inside_taps()
     return max(cuda.tensor_bytes(g, dtype) / machine.MEMORY, flops / machine.PEAK[dtype])
 
 
-def geometry(layer: Layer) -> cuda.Geometry:
+def geometry(layer: Layer) -> Geometry:
     size = (layer.batch, layer.channels, layer.height, layer.width)
-    return cuda.Geometry(*size, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    return Geometry(*size, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
 
 
 def chosen_layers() -> list[Layer]:
@@ -75,11 +77,11 @@ def chosen_layers() -> list[Layer]:
     return [*found, replace(found[0], batch=1)]
 
 
-def load_module() -> tuple[cuda.Code, dict[str, int]]:
+def load_module() -> tuple[Code, dict[str, int]]:
     """Machine code and registers of the convolution kernels in the built CUDA module."""
     import lkconv._C_cuda as module
 
-    code: cuda.Code = {}
+    code: Code = {}
     registers: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         for cubin in sass.extract(Path(module.__file__), ARCH, Path(folder)):
@@ -94,7 +96,7 @@ def load_module() -> tuple[cuda.Code, dict[str, int]]:
 
 
 def predict(
-    layer: Layer, g: cuda.Geometry, dtype: str, pass_name: str, found: list[tuple[cuda.Launch, int]]
+    layer: Layer, g: Geometry, dtype: str, pass_name: str, found: list[tuple[cuda.Launch, int]]
 ) -> Prediction:
     seconds = tuple(machine.pipe_seconds(x.work, x.blocks, x.memory_bytes) for x, _ in found)
     main, registers = max(found, key=lambda item: item[0].work.instructions)
@@ -105,7 +107,7 @@ def predict(
     return Prediction(label, dtype, (pass_name,), launches, per_sm, seconds, pixels, floor_seconds(g, dtype))
 
 
-def planned(g: cuda.Geometry, pass_name: str, dtype: str, channels_last: bool = False) -> dict:
+def planned(g: Geometry, pass_name: str, dtype: str, channels_last: bool = False) -> dict:
     """The CUDA planner's choice on an H200, marked with the layout."""
     import lkconv._C_cuda as module
 
@@ -117,7 +119,7 @@ def planned(g: cuda.Geometry, pass_name: str, dtype: str, channels_last: bool = 
     return choice | {"channels_last": channels_last}
 
 
-def cuda_predictions(code: cuda.Code, registers: dict[str, int]) -> list[Prediction]:
+def cuda_predictions(code: Code, registers: dict[str, int]) -> list[Prediction]:
     cases = [(layer, dtype, False) for layer in chosen_layers() for dtype in ("bfloat16", "tf32", "float32")]
     cases.append((chosen_layers()[CHANNELS_LAST], "bfloat16", True))
     rows = []
@@ -191,7 +193,7 @@ def hot_loop(code: tuple[sass.Instruction, ...]) -> sass.Loop:
     return sass.find(found, "loads", lambda x: x.innermost and x.count("LDG") > 0, lambda x: len(x.body))
 
 
-def resource_table(code: cuda.Code, registers: dict[str, int]) -> str:
+def resource_table(code: Code, registers: dict[str, int]) -> str:
     lines = [
         "| kernel | registers | instructions | FFMA, FADD | HMMA | LDS, LDSM (cycles) | LDG | STS, STG "
         "| integer, IMAD | special | branches | products' share |",
@@ -218,7 +220,7 @@ def counted(name: str) -> bool:
     return "float64" not in name and not re.search(r"\bfloat16", name)
 
 
-def moves_table(code: cuda.Code) -> str:
+def moves_table(code: Code) -> str:
     """What staging, copies, band and stores cost."""
     lines = [
         "| kernel | staged element | copy of 16, 8, 4 bytes, one element | band element | kernel row, tile |",
@@ -231,7 +233,7 @@ def moves_table(code: cuda.Code) -> str:
     for name in sorted(code):
         if not counted(name) or not name.startswith(("direct_", "toeplitz_")):
             continue
-        m = cuda.moves(code, name)
+        m = kernel_loops.moves(code, name)
         copied = ", ".join(map(cell, m.copied))
         per = cell(m.row if m.tile is None else m.tile)
         lines.append(f"| `{name}` | {cell(m.staged)} | {copied} | {cell(m.band)} | {per} |")

@@ -10,7 +10,8 @@ from unittest import mock
 
 import torch
 
-from .cuda import Geometry, Launch
+from .cuda import Launch
+from .geometry import Geometry
 from .machine import Work
 from .sass import Instruction, disassemble, enclosing, exclusive, loops, products
 
