@@ -21,6 +21,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from cuda_host import build
 from cuda_host.cases import CASES, DTYPES, LARGE, NON_FINITE, ORDERS, PASSES, Case, orders, same
+from processes import exclusive
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler to build the emulator with")
 
@@ -96,10 +97,8 @@ def driver() -> Path:
     return build.build_driver()
 
 
-@pytest.fixture(scope="session")
-def results(driver: Path) -> dict[str, dict]:
-    """Results of all lines, run by a few processes."""
-    lines = [line_of(*job, order) for job in jobs(CASES) for order in orders(job[0], job[2])]
+def run_by_processes(driver: Path, lines: list[str]) -> dict[str, dict]:
+    """Line -> result, run by a process for each core."""
     workers = os.cpu_count() or 1
     parts = [lines[i::workers] for i in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
@@ -109,6 +108,23 @@ def results(driver: Path) -> dict[str, dict]:
         for part, answer in zip(parts, answers, strict=True)
         for line, r in zip(part, answer, strict=True)
     }
+
+
+@pytest.fixture(scope="session")
+def results(driver: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """Results of all lines, which pytest's workers share: the first one here computes them."""
+    lines = [line_of(*job, order) for job in jobs(CASES) for order in orders(job[0], job[2])]
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return run_by_processes(driver, lines)
+    answer = (
+        tmp_path_factory.getbasetemp().parent / "cuda_host_results.json"
+    )  # of this run, of all its workers
+    with exclusive("cuda_host_results"):
+        if not answer.exists():
+            partial = answer.with_suffix(".partial")
+            partial.write_text(json.dumps(run_by_processes(driver, lines)))
+            partial.replace(answer)
+    return json.loads(answer.read_text())
 
 
 def products_of(job: Job) -> int:
