@@ -347,7 +347,8 @@ def test_documented_resources_are_those_of_the_module(machine_code) -> None:
     if version != built_module().toolkit():
         pytest.skip(f"the document was read from CUDA {version}, the module is of {built_module().toolkit()}")
     assert len(rows) >= 30
-    assert rows == {name: (registers[name], len(tables.hot_loop(code[name]).body)) for name in rows}
+    found = {name: (registers[name], len(tables.hot_loop(code[name]).body)) for name in rows}
+    assert rows == found, "kernels changed: run python -m bench predict --write docs/performance.md"
 
 
 # ---- Triton ----
