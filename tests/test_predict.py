@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.predict import cuda, geometry, kernel_loops, machine, sass, tables
 from bench.predict.geometry import Geometry
@@ -240,11 +242,15 @@ def test_write_between_marks(tmp_path: Path) -> None:
 
 
 def built_module():
-    if importlib.util.find_spec("lkconv._C_cuda") is None:
+    if torch.version.cuda is None or importlib.util.find_spec("lkconv._C_cuda") is None:
         pytest.skip("the CUDA module lkconv._C_cuda was not built")
-    import lkconv._C_cuda as module
+    return tables.built_module()
 
-    return module
+
+def test_a_missing_module_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lkconv._C_cuda", None)  # as if it were not installed
+    with pytest.raises(RuntimeError, match="build it with LKCONV_CUDA=1"):
+        tables.load_module()
 
 
 @pytest.mark.parametrize("pass_name", tables.PASSES)

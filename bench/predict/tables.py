@@ -7,7 +7,9 @@ import re
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from bench.shapes import Layer, layers
 
@@ -77,14 +79,24 @@ def chosen_layers() -> list[Layer]:
     return [*found, replace(found[0], batch=1)]
 
 
+def built_module() -> ModuleType:
+    """The CUDA module; ``RuntimeError`` that says how to get it where there is none."""
+    try:
+        return import_module("lkconv._C_cuda")
+    except ImportError as error:
+        raise RuntimeError(
+            f"predictions read the machine code of lkconv._C_cuda ({error}); build it with LKCONV_CUDA=1, "
+            "nvcc and a CUDA build of torch; no GPU is needed"
+        ) from error
+
+
 def load_module() -> tuple[Code, dict[str, int]]:
     """Machine code and registers of the convolution kernels in the built CUDA module."""
-    import lkconv._C_cuda as module
-
+    module = built_module()
     code: Code = {}
     registers: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for cubin in sass.extract(Path(module.__file__), ARCH, Path(folder)):
+        for cubin in sass.extract(Path(str(module.__file__)), ARCH, Path(folder)):
             counts = {sass.kernel_name(name): n for name, n in sass.register_counts(cubin).items()}
             counts.pop("", None)
             if counts:
@@ -109,11 +121,9 @@ def predict(
 
 def planned(g: Geometry, pass_name: str, dtype: str, channels_last: bool = False) -> dict:
     """The CUDA planner's choice on an H200, marked with the layout."""
-    import lkconv._C_cuda as module
-
     size, geometry = (g.batch, g.channels, g.height, g.width), (g.kernel, g.stride, g.padding, g.dilation)
     name, tf32 = ("float32", True) if dtype == "tf32" else (dtype, False)
-    choice = module.plan(
+    choice = built_module().plan(
         pass_name, size, g.channels, *geometry, name, tf32=tf32, channels_last=channels_last
     )[0]
     return choice | {"channels_last": channels_last}
@@ -268,11 +278,9 @@ def triton_resources() -> str:
 
 
 def document(with_triton: bool) -> str:
-    import lkconv._C_cuda as module
-
     code, registers = load_module()
     parts = [
-        f"Code read: {ARCH} of `lkconv._C_cuda`, built by CUDA {module.toolkit()}.",
+        f"Code read: {ARCH} of `lkconv._C_cuda`, built by CUDA {built_module().toolkit()}.",
         "#### Hot loops of the CUDA kernels, one iteration",
         resource_table(code, registers),
         "#### Instructions of the CUDA kernels beside their products",
