@@ -15,6 +15,7 @@ from tqdm import tqdm
 from bench import depthwise_conv2d, group_mix, machine, reparam, report, roofline, table, verdicts
 from bench.allocator import keep_freed_memory
 from bench.implementations import is_ours, why_not
+from bench.predict import tables as predictions
 from bench.problem import DTYPES, PASSES
 from bench.schedule import Schedule
 from bench.shapes import SUITES, layers
@@ -105,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     tables = commands.add_parser("table", help="Markdown tables of --json files", description=table.__doc__)
     table.add_arguments(tables)
     tables.set_defaults(run=table.run, device="cpu", threads=None)
+    predict = commands.add_parser(
+        "predict",
+        help="GPU kernels' times from their machine code; needs no GPU",
+        description="Counts instructions in the machine code of the CUDA and Triton kernels and predicts "
+        "the times of layers on an H200. Nothing is measured.",
+    )
+    predictions.add_arguments(predict)
+    predict.set_defaults(run=predictions.run, device="cpu", threads=None)
     demo = commands.add_parser("demo", help="a 31x31 layer and a real network, before and after")
     demo.add_argument(
         "--out", default="demo_out", metavar="DIR", help="folder of the pictures (default: demo_out)"

@@ -3,6 +3,7 @@
 //   pass=forward|backward_input|backward_weight dtype=f64|f32|tf32|f16|bf16 algorithm=auto|direct|toeplitz
 //   size=N,C,H,W multiplier=m kernel=kh,kw stride=sh,sw padding=ph,pw dilation=dh,dw
 //   layout=nchw|nhwc|slice|expand order=forward|reverse|random bias=0|1 sms=... shared=... seed=...
+//   nonfinite=0|1: a NaN in the pass's first tensor of pixels, an infinity in its last
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -10,6 +11,7 @@
 #include <memory>
 #include <random>
 
+#include "cuda/device.cuh"
 #include "cuda/run.h"
 #include "executor.h"
 
@@ -74,6 +76,7 @@ struct Tensor {
         for (int64_t y = 0; y < h; ++y)
           for (int64_t x = 0; x < w; ++x) visit(i, j, y, x);
   }
+  bool empty() const { return n * c * h * w == 0; }
   void fill(std::mt19937_64& random) {
     std::normal_distribution<double> normal;
     each([&](int64_t i, int64_t j, int64_t y, int64_t x) {
@@ -112,30 +115,97 @@ void each_product(const ConvParams& p, Visit visit) {
         }
 }
 
-struct Difference {
-  double relative = 0;  // norm of the error over norm of the reference
-  double rounding = 0;  // the same of the reference rounded to the output's type
-  double worst = 0;     // largest error over the sum of absolute products at that place
+// What every output element should be.
+struct Reference {
+  std::vector<double> value, rounded, magnitude;  // rounded: of operands rounded to tf32, where they are
+  std::vector<char> poisoned;                     // a non-finite element is among its products
+  std::vector<char> plane_poisoned;               // is in the planes that this plane is made of
+  bool tf32;
+
+  Reference(size_t count, bool tf32_)
+      : value(count), rounded(count), magnitude(count), poisoned(count), tf32(tf32_) {}
+  void add(size_t k, double a, double b) {
+    const double product = a * b;
+    if (!std::isfinite(product)) {
+      poisoned[k] = 1;
+      return;
+    }
+    value[k] += product, magnitude[k] += std::abs(product);
+    if (tf32) rounded[k] += double(round_to_tf32(float(a))) * double(round_to_tf32(float(b)));
+  }
+  // Added as it is, by kernels that round as by those that do not.
+  void add_exactly(size_t k, double term) {
+    value[k] += term, rounded[k] += term, magnitude[k] += std::abs(term);
+  }
 };
 
-Difference compare(const Tensor& out, const std::vector<double>& reference,
-                   const std::vector<double>& magnitude) {
+struct Difference {
+  double relative = 0;  // norm of the error over norm of the reference
+  double rounding = 0;  // the same of the exact result, rounded to the output's type or from tf32 operands
+  double worst = 0;     // largest error beyond that rounding, over the sum of absolute products there
+  // Elements that hide a non-finite product; that are not finite without one, in the image and channel
+  // (weights: the channel) of a non-finite element, and elsewhere.
+  int64_t lost = 0, spread = 0, escaped = 0;
+};
+
+// A non-finite element where the reference has none is an error, unless its plane is poisoned: then it counts
+// as spread.
+Difference compare(const Tensor& out, const Reference& reference) {
   double error2 = 0, norm2 = 0, rounding2 = 0;
   alignas(8) unsigned char rounded[8];
+  const size_t plane = size_t(out.h * out.w);
   Difference d;
-  size_t k = 0;
+  size_t k = size_t(-1);
   out.each([&](int64_t i, int64_t j, int64_t y, int64_t x) {
-    double error = std::abs(out.get(i, j, y, x) - reference[k]);
-    if (!(error <= 1e300)) error = 1e300;
-    store(rounded, out.view.dtype, reference[k]);
-    const double rounding = load(rounded, out.view.dtype) - reference[k];
-    error2 += error * error, norm2 += reference[k] * reference[k], rounding2 += rounding * rounding;
-    d.worst = std::min(1e300, std::max(d.worst, error / std::max(magnitude[k], 1e-30)));
     ++k;
+    const double found = out.get(i, j, y, x), exact = reference.value[k];
+    if (reference.poisoned[k]) {
+      d.lost += std::isfinite(found);
+      return;
+    }
+    const bool near = !reference.plane_poisoned.empty() && reference.plane_poisoned[k / plane];
+    if (!std::isfinite(found)) ++(near ? d.spread : d.escaped);
+    if (!std::isfinite(found) && near) return;
+    double error = std::abs(found - exact);
+    if (!(error <= 1e300)) error = 1e300;
+    store(rounded, out.view.dtype, exact);
+    const double best = reference.tf32 ? reference.rounded[k] : load(rounded, out.view.dtype);
+    const double rounding = std::abs(best - exact);
+    error2 += error * error, norm2 += exact * exact, rounding2 += rounding * rounding;
+    const double beyond = std::max(0.0, error - rounding) / std::max(reference.magnitude[k], 1e-30);
+    d.worst = std::min(1e300, std::max(d.worst, beyond));
   });
   d.relative = std::min(1e300, std::sqrt(error2 / std::max(norm2, 1e-300)));
   d.rounding = std::sqrt(rounding2 / std::max(norm2, 1e-300));
   return d;
+}
+
+// A NaN in the middle of the first plane of `first`, an infinity in the last element of `last`.
+void poison(const Tensor& first, const Tensor& last) {
+  store(first.at(0, 0, first.h / 2, first.w / 2), first.view.dtype, std::nan(""));
+  store(last.at(last.n - 1, last.c - 1, last.h - 1, last.w - 1), last.view.dtype, INFINITY);
+}
+
+bool plane_is_finite(const Tensor& t, int64_t n, int64_t c) {
+  for (int64_t y = 0; y < t.h; ++y)
+    for (int64_t x = 0; x < t.w; ++x)
+      if (!std::isfinite(t.get(n, c, y, x))) return false;
+  return true;
+}
+
+// For every plane of the output, whether a plane of `x` or `g` that it is made of holds a non-finite element.
+std::vector<char> poisoned_planes(const ConvParams& p, const std::string& pass, const Tensor& x,
+                                  const Tensor& g) {
+  const int64_t m = p.multiplier, planes = pass == "backward_input" ? p.channels : p.out_channels();
+  std::vector<char> by_image(size_t(p.batch * planes)), by_channel(size_t(planes), 0);
+  for (int64_t n = 0; n < p.batch; ++n)
+    for (int64_t co = 0; co < p.out_channels(); ++co) {
+      const int64_t c = pass == "backward_input" ? co / m : co;
+      const bool bad = (pass != "backward_input" && !plane_is_finite(x, n, co / m)) ||
+                       (pass != "forward" && !plane_is_finite(g, n, co));
+      by_image[size_t(n * planes + c)] |= bad, by_channel[size_t(c)] |= bad;
+    }
+  return pass == "backward_weight" ? by_channel : by_image;
 }
 
 std::string run_case(Words& words) {
@@ -154,23 +224,25 @@ std::string run_case(Words& words) {
   if (forward || to_input) w.fill(random);
   if (!forward) g.fill(random);
   bias.fill(random);
+  const Tensor &first_pixels = to_input ? g : x, &last_pixels = forward ? x : g;
+  if (words["nonfinite"] == "1" && !first_pixels.empty() && !last_pixels.empty())
+    poison(first_pixels, last_pixels);
   const bool with_bias = words["bias"] == "1" && forward;
   const Tensor& out = forward ? g : to_input ? x : w;
-  std::vector<double> reference(size_t(out.n * out.c * out.h * out.w)), magnitude(reference.size());
-  const auto add = [&](size_t k, double product) {
-    reference[k] += product, magnitude[k] += std::abs(product);
-  };
+  Reference reference(size_t(out.n * out.c * out.h * out.w), dtype_name == "tf32");
+  if (words["nonfinite"] == "1") reference.plane_poisoned = poisoned_planes(p, pass, x, g);
   each_product(p, [&](int64_t n, int64_t ci, int64_t co, int64_t y, int64_t xx, int64_t u, int64_t v,
                       int64_t iy, int64_t ix) {
     if (forward)
-      add(size_t(((n * g.c + co) * g.h + y) * g.w + xx), x.get(n, ci, iy, ix) * w.get(co, 0, u, v));
+      reference.add(size_t(((n * g.c + co) * g.h + y) * g.w + xx), x.get(n, ci, iy, ix), w.get(co, 0, u, v));
     else if (to_input)
-      add(size_t(((n * x.c + ci) * x.h + iy) * x.w + ix), g.get(n, co, y, xx) * w.get(co, 0, u, v));
+      reference.add(size_t(((n * x.c + ci) * x.h + iy) * x.w + ix), g.get(n, co, y, xx), w.get(co, 0, u, v));
     else
-      add(size_t((co * w.h + u) * w.w + v), g.get(n, co, y, xx) * x.get(n, ci, iy, ix));
+      reference.add(size_t((co * w.h + u) * w.w + v), g.get(n, co, y, xx), x.get(n, ci, iy, ix));
   });
   if (with_bias)
-    for (size_t k = 0; k < reference.size(); ++k) add(k, bias.get(0, int64_t(k) / (g.h * g.w) % g.c, 0, 0));
+    for (size_t k = 0; k < reference.value.size(); ++k)
+      reference.add_exactly(k, bias.get(0, int64_t(k) / (g.h * g.w) % g.c, 0, 0));
 
   Executor e(words);
   const std::string algorithm = words["algorithm"];
@@ -189,7 +261,7 @@ std::string run_case(Words& words) {
     problem.input = x.view, problem.grad_output = g.view, problem.grad_weight = w.view;
     run_weight(e, problem, s);
   }
-  const Difference d = compare(out, reference, magnitude);
+  const Difference d = compare(out, reference);
   const shim::Counts& c = shim::counts();
   uint64_t hash = 1469598103934665603ull;
   out.each([&](int64_t i, int64_t j, int64_t y, int64_t xx) {
@@ -198,9 +270,10 @@ std::string run_case(Words& words) {
   char text[512];
   std::snprintf(text, sizeof text,
                 "{\"ok\": true, \"relative\": %.3e, \"rounding\": %.3e, \"worst\": %.3e, \"launched\": "
-                "\"%s\", \"mma\": %llu, "
+                "\"%s\", \"mma\": %llu, \"lost\": %lld, \"spread\": %lld, \"escaped\": %lld, "
                 "\"copies\": %llu, \"blocks\": %llu, \"hash\": \"%016llx\"}",
                 d.relative, d.rounding, d.worst, e.launched.c_str(), (unsigned long long)c.mma,
+                (long long)d.lost, (long long)d.spread, (long long)d.escaped,
                 (unsigned long long)c.async_copies, (unsigned long long)c.blocks, (unsigned long long)hash);
   return text;
 }
@@ -218,6 +291,7 @@ int main() {
                                                               {"order", "forward"},
                                                               {"algorithm", "auto"},
                                                               {"bias", "0"},
+                                                              {"nonfinite", "0"},
                                                               {"sms", "4"},
                                                               {"shared", "232448"},
                                                               {"seed", "1"}});
