@@ -5,6 +5,7 @@
 #include <array>
 #include <stdexcept>
 
+#include "../allocation_error.h"
 #include "depthwise_conv2d.h"
 #include "group_mix_run.h"
 
