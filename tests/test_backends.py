@@ -12,7 +12,7 @@ from torch.profiler import profile
 
 import lkconv
 import processes
-from lkconv import backends
+from lkconv import backends, kernel_resources
 
 X, W = torch.randn(2, 4, 20, 18), torch.randn(8, 1, 7, 5)
 NAMES = ("cpu", "cuda", "triton", "torch")
@@ -240,12 +240,19 @@ def test_build_info():
         assert isa in text
     assert info.isa_active in text and info.compiler in text and "GPU architectures" in text
     assert info.cuda_module or info.cuda_reason in text
+    assert bool(info.kernels) != bool(info.kernels_reason) and info.kernels_reason in text
+    if info.kernels:
+        assert {k.architecture for k in info.kernels} == {
+            a for a in info.gpu_architectures if a.startswith("sm_")
+        }
 
 
 def test_command_line_prints_build_info():
     done = subprocess.run([sys.executable, "-m", "lkconv"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
-    assert done.stdout.strip() == str(lkconv.build_info())
+    info = lkconv.build_info()
+    table = kernel_resources.table(info.kernels) if info.kernels else ""
+    assert done.stdout.strip() == f"{info}\n{table}".strip()
 
 
 @pytest.mark.gpu
