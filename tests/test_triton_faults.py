@@ -137,6 +137,10 @@ def test_the_next_plan_runs_and_the_failed_one_is_not_tried_again(monkeypatch, t
     del tried[:]
     ops.depthwise_conv2d(x, w, None, *GEOMETRY)
     assert tried == [other]
+    monkeypatch.setattr(kernels("report"), "device_at", lambda index: x.device)
+    chosen, declined = kernels().plan("forward", x.shape, 4, (7, 7), (1, 1), (3, 3), (1, 1), "float32", 0)
+    assert chosen["algorithm"] == other and declined["algorithm"] == first
+    assert not declined["possible"] and MESSAGE in declined["reason"]
 
 
 def operators_first(monkeypatch, tensors):

@@ -120,11 +120,18 @@ def choose(key: str, plans: Sequence[Plan], time: Callable[[Plan], float] | None
 
 def usable(key: str, plans: Sequence[Plan]) -> list[Plan]:
     """The plans that were not rejected."""
-    rejected = _rejected.get(key, [])
-    found = [plan for plan in plans if not any(identity(plan) == identity(bad) for bad, _ in rejected)]
+    failed = [identity(bad) for bad, _ in rejected(key)]
+    found = [plan for plan in plans if identity(plan) not in failed]
     if not found:
-        raise CannotCompile("; ".join(f"{plan.algorithm} {plan.blocks}: {why}" for plan, why in rejected))
+        raise CannotCompile(
+            "; ".join(f"{plan.algorithm} {plan.blocks}: {why}" for plan, why in rejected(key))
+        )
     return found
+
+
+def rejected(key: str) -> Sequence[tuple[Plan, str]]:
+    """Plans that :func:`reject` left out, and what the compiler said."""
+    return _rejected.get(key, ())
 
 
 def reject(key: str, plan: Plan, error: Exception) -> bool:
