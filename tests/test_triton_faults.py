@@ -243,3 +243,46 @@ def test_merging_falls_back_as_well(monkeypatch):
         torch.ops.lkconv.merge_depthwise_kernels_backward(*given),
     )
     assert [key[3] for key in backends._gave_up] == ["merge_depthwise_kernels"]
+
+
+@pytest.fixture
+def nothing_compiles(monkeypatch):
+    """Triton comes first, for CPU tensors too, and compiles nothing."""
+
+    def fails(tensor):
+        raise PTXASError(MESSAGE)
+
+    first = [b._replace(declines=lambda *_: None) for b in backends.BACKENDS if b.name == "triton"]
+    monkeypatch.setattr(backends, "BACKENDS", (*first, *(b for b in backends.BACKENDS if b.name != "triton")))
+    backends._choices.clear()
+    for module in ("group_mix", "normalised_branches", "merge_depthwise_kernels", "launch"):
+        monkeypatch.setattr(kernels(module), "device_guard", fails)
+
+
+def outputs_and_gradients(module, *arguments):
+    torch.manual_seed(1)
+    x = arguments[0].clone().requires_grad_()
+    y = module(x, *arguments[1:])
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "families"),
+    [
+        (lambda: lkconv.GroupMixAttention(40), (torch.randn(2, 24, 40), (4, 6)), {"group_mix"}),
+        (lambda: lkconv.GroupMixAttention(40).eval(), (torch.randn(2, 24, 40), (4, 6)), {"group_mix"}),
+        (
+            lambda: lkconv.reparam.DilatedReparamBlock(8, 13),
+            (torch.randn(2, 8, 14, 14),),
+            {"normalised_branches", "depthwise_conv2d"},
+        ),
+    ],
+    ids=["attention in training", "attention", "branches in training"],
+)
+def test_blocks_end_up_on_the_next_backend(nothing_compiles, make, arguments, families):
+    module = make()
+    found = outputs_and_gradients(module, *arguments)
+    assert {key[3] for key in backends._gave_up} == families
+    with lkconv.use_backend("torch"):
+        expected = outputs_and_gradients(module, *arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
