@@ -181,6 +181,8 @@ def test_without_the_cuda_module_triton_computes_cuda_tensors(monkeypatch, gpu):
     gpu(9, 0)
     monkeypatch.setattr(backends, "_cuda_module", (None, "it was left out"))
     backends._choices.clear()
+    assert backends.choose(torch.device("cuda:0"), torch.float32).name == "triton"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # or FakeTensorMode would use the GPU
     with FakeTensorMode() as mode:
         x = mode.from_tensor(torch.empty(X.shape, device="meta"))
         w = mode.from_tensor(torch.empty(W.shape, device="meta"))

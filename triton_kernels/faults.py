@@ -8,6 +8,7 @@ and plain PyTorch computes this one; unless Triton was asked for by name: then t
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -85,6 +86,8 @@ def guarded(name: str, family: str, function: Callable, plain: Callable | None) 
                 raise backends.GaveUp(message) from error
         return plain(*args)
 
+    # torch 2.11 reads the schema from the annotations, and would look their names up in this module.
+    op.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
     return op
 
 
