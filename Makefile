@@ -48,5 +48,5 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info lkconv/*.so lkconv/triton_kernels \
+	rm -rf $(VENV) build dist *.egg-info lkconv/*.so lkconv/_C_cuda_resources.json lkconv/triton_kernels \
 	  .pytest_cache .hypothesis .ruff_cache .mypy_cache

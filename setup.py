@@ -9,6 +9,7 @@ Environment variables:
     LKCONV_SANITIZE        1: AddressSanitizer and UndefinedBehaviorSanitizer (tests only).
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -48,7 +49,12 @@ if cuda_home:
 
 import pybind11  # noqa: E402
 import torch  # noqa: E402
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+from torch.utils.cpp_extension import (  # noqa: E402
+    BuildExtension,
+    CppExtension,
+    CUDAExtension,
+    _get_cuda_arch_flags,
+)
 
 
 def switch(name: str, default: str, allowed: tuple[str, ...]) -> str:
@@ -101,6 +107,23 @@ def compiler_flags() -> tuple[list[str], list[str]]:
     return flags, link
 
 
+def cuda_images() -> list[str]:
+    """What nvcc is asked for, as torch reads TORCH_CUDA_ARCH_LIST: sm_NN (machine code), compute_NN (PTX)."""
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_CUDA_ARCHES
+    found = {re.sub(".*,code=", "", flag) for flag in _get_cuda_arch_flags()}
+    return sorted(found, key=kernel_resources().architecture_order)
+
+
+def kernel_resources():
+    """The module of that name, by its path: the package needs what is only about to be built."""
+    place = ROOT / "lkconv" / "kernel_resources.py"
+    spec = importlib.util.spec_from_file_location("lkconv_kernel_resources", place)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
@@ -121,8 +144,8 @@ def extensions() -> list:
         )
     ]
     if build_cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHES)
         nvcc_flags = ["-O3", "-std=c++20", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+        nvcc_flags.append(f"-DLKCONV_CUDA_IMAGES={'+'.join(cuda_images())}")  # nvcc splits at commas
         found.append(
             CUDAExtension(
                 "lkconv._C_cuda",
@@ -157,6 +180,10 @@ class BuildInPlace(BuildExtension):
 
     def run(self) -> None:
         super().run()
+        for extension in self.extensions:
+            if extension.name == "lkconv._C_cuda":
+                module = Path(self.get_ext_fullpath(extension.name))
+                print(f"lkconv: {kernel_resources().write(module, cuda_home)}", flush=True)
         if self.in_source_tree:
             link_packages()
 

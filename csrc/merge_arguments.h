@@ -129,7 +129,7 @@ std::tuple<Tensors, Tensors, Tensors> merge_backward_call(const Tensor& grad_wei
                                                           Run run) {
   STD_TORCH_CHECK(grad_weight.dim() == 4, "lkconv: the merged kernel's gradient must be a 4-D tensor");
   check_same_place(grad_weight, grad_bias, cuda);
-  const Tensor dense = torch::stable::contiguous(grad_weight);
+  const Tensor dense = contiguous_tensor(grad_weight);
   MergeCall call(weights, scales, biases, dense.size(2), dense.size(3), offset, step, cuda);
   check_same_place(weights[0], grad_weight, cuda);
   auto gradients = call.gradients(weights, scales, biases);

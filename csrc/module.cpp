@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
+#include "allocation_error.h"
 #include "cpu/depthwise_conv2d.h"
 #include "cpu/normalised_branches.h"
 

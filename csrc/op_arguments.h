@@ -15,6 +15,7 @@
 #include <optional>
 #include <vector>
 
+#include "allocation.h"
 #include "conv_params.h"
 
 namespace lkconv {
@@ -75,14 +76,11 @@ inline MemoryFormat suggested_format(const Tensor& t) {
 
 inline Tensor empty_like_format(std::initializer_list<int64_t> size, const Tensor& like,
                                 MemoryFormat format) {
-  std::vector<int64_t> sizes(size);
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()),
-                              like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+  return empty_tensor(size, like.scalar_type(), like, format);
 }
 
 inline Tensor empty_contiguous(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype,
-                              std::nullopt, like.device());
+  return empty_tensor(sizes, dtype, like, std::nullopt);
 }
 
 inline ConvParams params_of(int64_t batch, int64_t channels, int64_t height, int64_t width,

@@ -6,16 +6,18 @@ fallback of a request that cannot be met, and :func:`lkconv.explain` all read th
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from lkconv import gpu_images
 from lkconv._validate import CONVOLVED
 from lkconv.ops import Ops, register_hooks
 
@@ -34,6 +36,10 @@ class Backend(NamedTuple):
     declines: Callable[[torch.device, torch.dtype], str | None]
     load: Callable[[], Ops | None]
     lacks: Callable[[str], str | None] = lambda family: None
+
+
+class GaveUp(RuntimeError):
+    """A backend failed in a call and was recorded by :func:`give_up`: another one takes the next call."""
 
 
 class Choice(NamedTuple):
@@ -59,12 +65,12 @@ def _cpu_declines(device: torch.device, dtype: torch.dtype) -> str | None:
     return _dtype_reason(dtype)
 
 
-def cuda_module() -> tuple[object | None, str]:
+def cuda_module() -> tuple[Any, str]:
     """The compiled CUDA module, or None and the reason for its absence."""
     return _cuda_module
 
 
-def _import_cuda_module() -> tuple[object | None, str]:
+def _import_cuda_module() -> tuple[Any, str]:
     if torch.version.cuda is None:
         return None, f"torch {torch.__version__} is not a CUDA build"
     try:
@@ -81,7 +87,19 @@ _cuda_module = _import_cuda_module()
 def _cuda_declines(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"takes CUDA tensors, not {device.type}"
-    return cuda_module()[1] or _dtype_reason(dtype)
+    module, reason = cuda_module()
+    if module is None:
+        return reason
+    capability = _capability(device)
+    too_old = None if capability is None else gpu_images.reason_against(module.architectures(), capability)
+    return too_old or _dtype_reason(dtype)
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a GPU of this machine; None where it has none to ask, as for fake tensors."""
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def _cuda_lacks(family: str) -> str | None:
@@ -114,6 +132,7 @@ FAMILIES = {  # ops that a backend has or has not as a whole -> where their hook
     "depthwise_conv2d": "lkconv.ops",
     "group_mix": "lkconv.attention.registration",
     "normalised_branches": "lkconv.reparam.normalised_branches",
+    "merge_depthwise_kernels": "lkconv.reparam.merge_depthwise_kernels",
 }
 
 BACKENDS = (
@@ -138,6 +157,7 @@ _environment = (
     _known(os.environ["LKCONV_BACKEND"], "LKCONV_BACKEND") if os.environ.get("LKCONV_BACKEND") else None
 )
 _choices: dict[tuple[str | None, torch.device, torch.dtype, str], Choice] = {}
+_gave_up: dict[tuple[str, torch.device, torch.dtype, str], str] = {}
 
 
 class _Request(threading.local):
@@ -171,6 +191,28 @@ def use_backend(name: str) -> Iterator[None]:
 def requested() -> str | None:
     """The backend asked for in this thread, or None for the automatic choice."""
     return _request.name
+
+
+def give_up(name: str, device: torch.device, dtype: torch.dtype, family: str, reason: str) -> None:
+    """Record why a backend cannot do what it took: it declines from now on, unless asked for by name."""
+    _gave_up[name, device, dtype, family] = reason
+    _choices.clear()
+    _log.warning("backend %s gives up %s of %s tensors of %s: %s", name, family, device.type, dtype, reason)
+
+
+def retried(function: Callable) -> Callable:
+    """``function``, called again where a backend gave up in it: for ops that have no plain form."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # nothing is launched, and Dynamo need not trace the handler
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except GaveUp:
+            return function(*args, **kwargs)
+
+    return call
 
 
 def choose(device: torch.device, dtype: torch.dtype, family: str = "depthwise_conv2d") -> Choice:
@@ -208,6 +250,8 @@ def _decide(
     declined = []
     for backend in sorted(BACKENDS, key=lambda b: b.name != request):  # stable: the request first
         why = backend.declines(device, dtype) or backend.lacks(family)
+        if backend.name != request:
+            why = why or _gave_up.get((backend.name, device, dtype, family))
         if taken is not None:
             reason = f"{taken.name} comes first" + (" (asked for)" if taken.name == request else "")
             declined.append((backend.name, why or reason))

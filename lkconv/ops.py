@@ -74,7 +74,11 @@ def register_hooks(namespace: str) -> Ops:
         torch.library.register_fake(name, fake, lib=library, allow_override=True)
         torch.library.register_vmap(name, batching, lib=library)
         library.impl(
-            op._schema.name.split("::")[1], _autograd_kernel(op, function), "Autograd", with_keyset=True
+            op._schema.name.split("::")[1],
+            _autograd_kernel(op, function),
+            "Autograd",
+            with_keyset=True,
+            allow_override=True,  # torch.library gave the ops of Triton an autograd kernel when it made them
         )
     for key, device_type in AUTOCAST_DEVICES.items():
         library.impl("depthwise_conv2d", _autocast_kernel(forward, device_type, key), key)

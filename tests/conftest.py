@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from float32_precision import tf32_allowed
+from lkconv import backends
 
 # "ci" repeats the same examples on every run; "explore" looks for new ones: HYPOTHESIS_PROFILE=explore.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True, database=None)
@@ -43,3 +44,13 @@ def exact_products():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_backend_gives_up():
+    """A backend that failed is replaced, with a warning alone: no test may pass for that reason."""
+    yield
+    reasons = dict(backends._gave_up)
+    backends._gave_up.clear()
+    backends._choices.clear()
+    assert not reasons

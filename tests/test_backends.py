@@ -8,11 +8,13 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lkconv
 import processes
-from lkconv import backends
+from lkconv import backends, kernel_resources
 
 X, W = torch.randn(2, 4, 20, 18), torch.randn(8, 1, 7, 5)
 NAMES = ("cpu", "cuda", "triton", "torch")
@@ -123,10 +125,123 @@ def test_cuda_without_its_module_declines_with_the_reason(monkeypatch):
     assert dict(choose("cuda").declined)["cuda"] == "it was left out"
 
 
-def test_cuda_comes_before_triton(monkeypatch):
-    monkeypatch.setattr(backends, "_cuda_module", (object(), ""))
+class CudaModule:
+    """Stands for lkconv._C_cuda."""
+
+    @staticmethod
+    def architectures():
+        return ["sm_80", "sm_90a", "compute_90a"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with one GPU of a compute capability, as far as questions about it go."""
+
+    def pretend(*capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+    return pretend
+
+
+def test_cuda_comes_before_triton(monkeypatch, gpu):
+    gpu(9, 0)
+    monkeypatch.setattr(backends, "_cuda_module", (CudaModule, ""))
     choice = choose("cuda")
     assert choice.name == "cuda" and choice.ops.forward is torch.ops.lkconv.depthwise_conv2d.default
+
+
+def test_cuda_declines_a_gpu_that_no_compiled_image_runs_on(monkeypatch, gpu):
+    monkeypatch.setattr(backends, "_cuda_module", (CudaModule, ""))
+    gpu(12, 0)
+    choice = choose("cuda:0")
+    assert choice.name == "triton"
+    assert dict(choice.declined)["cuda"] == (
+        "compiled for sm_80, sm_90a, compute_90a, this GPU is sm_120: "
+        "build lkconv with TORCH_CUDA_ARCH_LIST=12.0"
+    )
+    gpu(7, 5)
+    choice = choose("cuda:0")
+    assert choice.name == "torch" and "this GPU is sm_75" in dict(choice.declined)["cuda"]
+    assert "older than 8.0" in dict(choice.declined)["triton"]
+
+
+def test_a_gpu_that_is_not_there_is_not_asked(monkeypatch, gpu):
+    """Fake tensors may be of any device: they are traced for another machine."""
+    monkeypatch.setattr(backends, "_cuda_module", (CudaModule, ""))
+    gpu(7, 5)
+    assert choose("cuda:3").name == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose("cuda:0").name == "cuda"
+
+
+def test_without_the_cuda_module_triton_computes_cuda_tensors(monkeypatch, gpu):
+    pytest.importorskip("triton")
+    gpu(9, 0)
+    monkeypatch.setattr(backends, "_cuda_module", (None, "it was left out"))
+    backends._choices.clear()
+    assert backends.choose(torch.device("cuda:0"), torch.float32).name == "triton"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # or FakeTensorMode would use the GPU
+    with FakeTensorMode() as mode:
+        x = mode.from_tensor(torch.empty(X.shape, device="meta"))
+        w = mode.from_tensor(torch.empty(W.shape, device="meta"))
+        x.fake_device = w.fake_device = torch.device("cuda:0")
+        with RecordedOps() as ops:
+            y = lkconv.depthwise_conv2d(x, w, padding=(3, 2))
+    assert ops.names == ["lkconv_triton::depthwise_conv2d"]
+    assert y.device.type == "cuda" and tuple(y.shape) == (2, 8, 20, 18)
+
+
+class RecordedOps(TorchDispatchMode):
+    """The lkconv ops that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace.startswith("lkconv"):
+            self.names.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_backend_that_gave_up_declines_unless_it_is_asked_for(monkeypatch, gpu):
+    gpu(9, 0)
+    monkeypatch.setattr(backends, "_cuda_module", (None, "it was left out"))
+    device = torch.device("cuda:0")
+    assert backends.choose(device, torch.float32).name == "triton"
+    backends.give_up("triton", device, torch.float32, "depthwise_conv2d", "it broke")
+    choice = backends.choose(device, torch.float32)
+    assert choice.name == "torch" and dict(choice.declined)["triton"] == "it broke"
+    assert backends.choose(device, torch.float16).name == "triton"
+    assert backends.choose(device, torch.float32, "group_mix").name == "triton"
+    with lkconv.use_backend("triton"):
+        assert backends.choose(device, torch.float32).name == "triton"
+    backends._gave_up.clear()
+
+
+def test_retried_functions_meet_the_next_backend():
+    seen = []
+
+    @backends.retried
+    def call(value):
+        seen.append(value)
+        if len(seen) == 1:
+            raise backends.GaveUp("the first backend failed")
+        return value
+
+    assert call(5) == 5 and seen == [5, 5]
+    seen[:] = []
+
+    @backends.retried
+    def broken():
+        seen.append(0)
+        raise ValueError("of another kind")
+
+    with pytest.raises(ValueError, match="of another kind"):
+        broken()
+    assert seen == [0], "only a backend that gave up is a reason to try again"
 
 
 def test_broken_triton_module_declines(monkeypatch):
@@ -240,12 +355,19 @@ def test_build_info():
         assert isa in text
     assert info.isa_active in text and info.compiler in text and "GPU architectures" in text
     assert info.cuda_module or info.cuda_reason in text
+    assert bool(info.kernels) != bool(info.kernels_reason) and info.kernels_reason in text
+    if info.kernels:
+        assert {k.architecture for k in info.kernels} == {
+            a for a in info.gpu_architectures if a.startswith("sm_")
+        }
 
 
 def test_command_line_prints_build_info():
     done = subprocess.run([sys.executable, "-m", "lkconv"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
-    assert done.stdout.strip() == str(lkconv.build_info())
+    info = lkconv.build_info()
+    table = kernel_resources.table(info.kernels) if info.kernels else ""
+    assert done.stdout.strip() == f"{info}\n{table}".strip()
 
 
 @pytest.mark.gpu

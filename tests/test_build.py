@@ -111,6 +111,38 @@ def test_a_wrong_switch_ends_the_build_with_one_clear_line():
     assert "lkconv: LKCONV_CUDA must be auto, 0 or 1, got 'maybe'" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("asked", "images"),
+    [
+        ("", ["sm_80", "sm_90a", "sm_100", "sm_120", "compute_120"]),
+        ("9.0a", ["sm_90a"]),
+        ("10.0 8.6+PTX", ["sm_86", "sm_100", "compute_86"]),
+    ],
+)
+def test_the_module_is_told_what_nvcc_is_asked_for(load_setup, monkeypatch, asked, images):
+    module, _ = load_setup()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert module.cuda_images() == images
+
+
+def test_the_report_of_kernel_resources_goes_where_the_module_goes(load_setup, monkeypatch, tmp_path):
+    """Into the tree that wheels are made from, or into the source tree for an editable install."""
+    module, _ = load_setup()
+    resources = module.kernel_resources()
+    usage = "arch = sm_80\n Function kernel:\n  REG:8 STACK:0 SHARED:0 LOCAL:0\n"
+    script(tmp_path / "toolkit/bin/cuobjdump", f"cat <<'EOF'\n{usage}EOF")
+    monkeypatch.setattr(module, "cuda_home", str(tmp_path / "toolkit"))
+    monkeypatch.setattr(module.BuildExtension, "run", lambda self: None)
+    command = module.BuildInPlace(setuptools.Distribution({"ext_modules": [], "name": "lkconv"}))
+    command.ensure_finalized()
+    command.build_lib, command.in_source_tree = str(tmp_path / "lib"), False
+    command.extensions = [setuptools.Extension("lkconv._C_cuda", ["kernel.cu"])]
+    (tmp_path / "lib/lkconv").mkdir(parents=True)
+    command.run()
+    rows, _ = resources.read(tmp_path / "lib/lkconv/_C_cuda.so")
+    assert [(k.kernel, k.architecture, k.registers) for k in rows] == [("kernel", "sm_80", 8)]
+
+
 @pytest.mark.parametrize("name", ["DEBUG", "LKCONV_SANITIZE"])
 def test_flag_switches_reject_other_values(load_setup, monkeypatch, name):
     module, _ = load_setup()

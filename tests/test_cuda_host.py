@@ -53,7 +53,8 @@ def run(driver: Path, lines: list[str]) -> list[dict]:
         done = subprocess.run([str(driver)], input="\n".join(rest) + "\n", capture_output=True, text=True)
         answers = [json.loads(line) for line in done.stdout.splitlines()]
         if len(answers) < len(rest) and (not answers or answers[-1]["ok"]):
-            answers.append({"ok": False, "error": done.stderr[-2000:]})
+            error = done.stderr[-2000:] or f"the driver ended with status {done.returncode}"
+            answers.append({"ok": False, "error": error})
         results += answers
     return results
 
@@ -182,6 +183,19 @@ def test_small_shared_memory(driver: Path, pass_name: str, shared: int) -> None:
         assert not wrong(result, job[2], 2 * 40 * 48), str(job)
 
 
+@pytest.mark.parametrize("layout", ("far_images", "far_planes", "far_rows", "far_pixels"))
+@pytest.mark.parametrize("pass_name", PASSES)
+def test_offsets_beyond_32_bits(driver: Path, pass_name: str, layout: str) -> None:
+    """Input and output each lie in more than 2^31 elements of address space, spread along one dimension."""
+    far = [
+        Case((3, 4, 10, 12), (5, 5), (2, 2), layout=layout),
+        Case((2, 3, 11, 9), (4, 3), (1, 1), stride=(2, 1), multiplier=2, layout=layout),
+    ]
+    jobs_ = [(c, pass_name, d, a) for c in far for d in DTYPES for a in algorithms(d)]
+    for job, result in zip(jobs_, run(driver, [line_of(*job, "random") for job in jobs_]), strict=True):
+        assert not wrong(result, job[2], 3 * 10 * 12), str(job)
+
+
 @pytest.mark.parametrize("pass_name", PASSES)
 def test_enormous_kernels(driver: Path, pass_name: str) -> None:
     """Kernels whose taps do not fit shared memory are staged in chunks."""
@@ -241,6 +255,18 @@ MUTANTS = {
         "(p.kernel_h - 1) * p.dil_h;",
         "(p.kernel_h - 2) * p.dil_h;",
         (same((1, 1, 600, 16), (5, 5)), "forward", *TOEPLITZ[1:]),
+    ),
+    "toeplitz: 32-bit offsets of rows": (
+        "toeplitz_window.cuh",
+        "int64_t(src.row0 + row) * src.stride_h",
+        "int(unsigned(src.row0 + row) * unsigned(src.stride_h))",
+        (Case((2, 1, 10, 12), (5, 5), (2, 2), layout="far_rows"), "forward", *TOEPLITZ[1:]),
+    ),
+    "direct: 32-bit offsets of output images": (
+        "tile_io.cuh",
+        "static_cast<T*>(view.data) + n * view.stride_n",
+        "static_cast<T*>(view.data) + int(unsigned(n) * unsigned(view.stride_n))",
+        (Case((3, 1, 6, 8), (3, 3), (1, 1), layout="far_images"), "forward", "f32", "direct"),
     ),
     "toeplitz: band one tap off": (
         "toeplitz.cuh",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -191,5 +192,5 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_introspection() -> None:
-    assert all(a.startswith("sm_") for a in cuda.architectures())
+    assert all(re.fullmatch(r"(sm|compute)_\d+[af]?", a) for a in cuda.architectures())
     assert len(cuda.kernels()) == len(set(cuda.kernels())) == 134

@@ -1,138 +1,100 @@
 """What nvcc made of the CUDA kernels: registers, spills, shared memory and matrix instructions.
 
-The kernels are compiled for sm_80 and sm_90a, or for all default architectures with
-``LKCONV_TEST_ALL_ARCHES=1``; no GPU is needed.
+Read by cuobjdump out of the built module, for every architecture that it was compiled for: no GPU is needed,
+and nothing is compiled again.
 """
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import shutil
 import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-ARCHES = ("80", "90a", "100", "120") if os.environ.get("LKCONV_TEST_ALL_ARCHES") == "1" else ("80", "90a")
-# Source -> how many kernels its tables name: the report must speak of each.
-SOURCES = {
-    "kernels_direct": 32,
-    "kernels_toeplitz": 18,
-    "kernels_merge": 4,
-    "kernels_group_mix": 52,
-    "kernels_group_mix_attention": 28,
-}
+from lkconv import backends, kernel_resources
+from lkconv.kernel_resources import KernelResources
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-
-
-@dataclass(frozen=True)
-class Resources:
-    registers: int
-    stack_bytes: int
-    spilled_bytes: int
-
-
-def parse_report(text: str) -> dict[str, Resources]:
-    """Kernel -> resources, from what ``ptxas -v`` prints."""
-    found = {}
-    pattern = (
-        r"Compiling entry function '(\S+)'.*?\n.*?Function properties for \S+\n\s*"
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) registers"
-    )
-    for name, stack, stores, loads, registers in re.findall(pattern, text):
-        found[name] = Resources(int(registers), int(stack), int(stores) + int(loads))
-    return found
-
-
-def demangled(names: list[str]) -> dict[str, str]:
-    filt = shutil.which("c++filt")
-    if filt is None:
-        return {n: n for n in names}
-    out = subprocess.run([filt], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    return dict(zip(names, (line.split("(")[0] for line in out.splitlines()), strict=True))
+module, reason = backends.cuda_module()
+cuobjdump = kernel_resources.disassembler()
+needs_module = [
+    pytest.mark.skipif(module is None, reason=reason or "-"),
+    pytest.mark.skipif(cuobjdump is None, reason="neither the toolkit nor Triton brings cuobjdump"),
+    pytest.mark.skipif(shutil.which("c++filt") is None, reason="c++filt is not on PATH: names are mangled"),
+]
+ARCHITECTURES = [a for a in module.architectures() if a.startswith("sm_")] if module else ["none"]
+SYSTEM_SHARED = 1024  # bytes of a block that belong to the system, from sm_90 on
+REGISTERS = 65536  # of an SM
 
 
 @pytest.fixture(scope="session")
-def compiled(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[tuple[str, str], tuple[Path, dict[str, Resources]]]:
-    """(architecture, source) -> cubin and resources, two compilers at a time."""
-    folder = tmp_path_factory.mktemp("cubins")
-    processes = {}
-    found = {}
-
-    def finish(key: tuple[str, str]) -> None:
-        process, cubin = processes.pop(key)
-        _, report = process.communicate(timeout=1200)
-        assert process.returncode == 0, report
-        found[key] = (cubin, parse_report(report))
-
-    for arch in ARCHES:
-        for source in SOURCES:
-            cubin = folder / f"{source}-{arch}.cubin"
-            command = ["nvcc", "-std=c++20", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"]
-            command += [f"-I{ROOT / 'csrc'}", str(ROOT / "csrc" / "cuda" / f"{source}.cu"), "-o", str(cubin)]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            processes[arch, source] = (process, cubin)
-            if len(processes) == 2:
-                finish(next(iter(processes)))
-    for key in list(processes):
-        finish(key)
-    return found
+def kernels() -> dict[str, list[KernelResources]]:
+    """Architecture -> its kernels."""
+    rows = kernel_resources.measure(Path(module.__file__), str(cuobjdump))
+    return {a: [k for k in rows if k.architecture == a] for a in {k.architecture for k in rows}}
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("arch", ARCHES)
-def test_no_kernel_spills(compiled, arch: str, source: str) -> None:
-    _, resources = compiled[arch, source]
-    names = demangled(list(resources))
-    assert len(resources) == SOURCES[source]
-    spilling = {names[k]: r for k, r in resources.items() if r.spilled_bytes or r.stack_bytes}
-    assert not spilling
+def family(kernel: KernelResources) -> str:
+    return kernel.kernel.split("<")[0]
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-def test_occupancy(compiled, arch: str) -> None:
-    """Registers leave two blocks, and one of the weight kernels or of float64, on an SM of 65536."""
-    for name, r in compiled[arch, "kernels_toeplitz"][1].items():
-        threads, blocks = (512, 1) if "toeplitz_weight" in name else (256, 2)
-        assert r.registers * threads * blocks <= 65536, name
-    for name, r in compiled[arch, "kernels_direct"][1].items():
-        if "direct_forward" in name and "IdLi" not in name:
-            assert r.registers <= 80, name  # three blocks of 256 threads
-    for source in ("kernels_group_mix", "kernels_group_mix_attention"):
-        resources = compiled[arch, source][1]
-        for mangled, name in demangled(list(resources)).items():
-            blocks = 1 if "<double" in name else 2
-            assert resources[mangled].registers * 256 * blocks <= 65536, name
+def on(parameter: Any) -> Any:
+    for mark in needs_module:
+        parameter = mark(parameter)
+    return parameter
 
 
-def disassembler() -> str | None:
-    """cuobjdump of the toolkit, or the one that comes with Triton."""
-    found = shutil.which("cuobjdump")
-    if found:
-        return found
-    for folder in map(Path, sys.path):
-        candidate = folder / "triton" / "backends" / "nvidia" / "bin" / "cuobjdump"
-        if candidate.is_file():
-            return str(candidate)
-    return None
+@on
+def test_the_module_holds_what_it_says(kernels) -> None:
+    assert sorted(kernels) == sorted(ARCHITECTURES)
 
 
-@pytest.mark.skipif(disassembler() is None, reason="neither the toolkit nor Triton brings cuobjdump")
-@pytest.mark.parametrize("arch", ARCHES)
-def test_toeplitz_kernels_use_matrix_instructions(compiled, arch: str) -> None:
-    cubin, resources = compiled[arch, "kernels_toeplitz"]
-    sass = subprocess.run(
-        [str(disassembler()), "-sass", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout
+@on
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_spills(kernels, architecture: str) -> None:
+    assert len(kernels[architecture]) == len(module.kernels())
+    assert not [k for k in kernels[architecture] if k.stack_bytes]
+
+
+@on
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shared_memory_is_what_the_planner_counts(kernels, architecture: str) -> None:
+    """Every byte is asked for at the launch: a static array would come on top of the planner's count."""
+    system = SYSTEM_SHARED if kernel_resources.architecture_order(architecture)[1] >= 90 else 0
+    assert {k.shared_bytes for k in kernels[architecture]} == {system}
+
+
+@on
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_occupancy(kernels, architecture: str) -> None:
+    """Registers leave two blocks, and one of the weight kernels or of float64, on an SM."""
+    checked = set()
+    for k in kernels[architecture]:
+        double = "<double" in k.kernel
+        if family(k).startswith("direct") or family(k) in ("merge_depthwise_kernels", "pack"):
+            if family(k) == "direct_forward" and not double:
+                assert k.registers <= 80, k  # three blocks of 256 threads
+        elif family(k) == "toeplitz_weight":
+            assert k.registers * 512 <= REGISTERS, k
+        else:
+            assert k.registers * 256 * (1 if double else 2) <= REGISTERS, k
+        checked.add(family(k))
+    assert {"direct_forward", "toeplitz_forward", "toeplitz_weight", "attention_forward"} <= checked
+
+
+@on
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_toeplitz_kernels_use_matrix_instructions(architecture: str) -> None:
+    path = module.__file__
+    usage = subprocess.run([str(cuobjdump), "-res-usage", path], capture_output=True, text=True, check=True)
+    names = sorted(set(re.findall(r"Function (_Z\w*toeplitz_(?:forward|weight)\w*):", usage.stdout)))
+    command = [str(cuobjdump), "-sass", "-arch", architecture, "-fun", ",".join(names), path]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions = re.split(r"Function : ", sass)[1:]
-    assert len(functions) == len(resources)
+    assert len(functions) == len(names) == 18
     for text in functions:
         name = text.split("\n", 1)[0].strip()
         assert "HMMA" in text, name
@@ -140,3 +102,92 @@ def test_toeplitz_kernels_use_matrix_instructions(compiled, arch: str) -> None:
         half = "If" not in name.split("toeplitz_", 1)[1]
         assert ("LDSM" in text) == (half or "forward" in name), name
         assert "LDGSTS" in text, f"{name} copies synchronously"
+
+
+# --- the report that setup.py keeps beside the module -----------------------------------------------------
+
+USAGE = """
+Fatbin elf code:
+================
+arch = sm_90a
+code version = [1,8]
+
+Resource usage:
+ Common:
+  GLOBAL:28 CONSTANT[4]:224
+ Function _ZN6lkconv4cuda4packIfEEvNS0_10PackParamsE:
+  REG:40 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:1112 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+Fatbin ptx code:
+================
+arch = sm_120
+compressed
+
+Fatbin elf code:
+================
+arch = sm_80
+ Function _ZN6lkconv4cuda4packIfEEvNS0_10PackParamsE:
+  REG:38 STACK:16 SHARED:0 LOCAL:8 CONSTANT[0]:472 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+MANGLED = "_ZN6lkconv4cuda4packIfEEvNS0_10PackParamsE"
+
+
+def tool(path: Path, answer: str, status: int = 0) -> str:
+    path.write_text(f"#!/bin/sh\ncat <<'EOF'\n{answer}\nEOF\nexit {status}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def toolkit(tmp_path: Path, answer: str, status: int = 0) -> str:
+    (tmp_path / "bin").mkdir()
+    tool(tmp_path / "bin" / "cuobjdump", answer, status)
+    return str(tmp_path)
+
+
+def test_reading_cuobjdump() -> None:
+    assert kernel_resources.parse(USAGE) == [
+        KernelResources(MANGLED, "sm_90a", 40, 1024, 0),
+        KernelResources(MANGLED, "sm_80", 38, 0, 24),
+    ]
+    assert kernel_resources.parse("no device code") == []
+
+
+def test_the_report_is_written_and_read(tmp_path: Path) -> None:
+    extension = tmp_path / "_C_cuda.so"
+    line = kernel_resources.write(extension, toolkit(tmp_path, USAGE))
+    assert line == f"kernel resources: 2 entries in {kernel_resources.FILE_NAME}"
+    rows, why = kernel_resources.read(extension)
+    assert why == "" and [k.architecture for k in rows] == ["sm_80", "sm_90a"]
+    assert {k.kernel for k in rows} == {"pack<float>" if shutil.which("c++filt") else MANGLED}
+    lines = kernel_resources.table(rows).splitlines()
+    assert lines[1].split() == ["kernel", "sm_80", "sm_90a"]
+    assert lines[2].split()[1:] == ["38", "/", "0", "/", "24", "40", "/", "1024", "/", "0"]
+
+
+def test_a_tool_that_fails_leaves_no_report(tmp_path: Path) -> None:
+    """Not even that of an earlier build: it would speak of other kernels."""
+    extension = tmp_path / "_C_cuda.so"
+    place = tmp_path / kernel_resources.FILE_NAME
+    place.write_text("[]")
+    line = kernel_resources.write(extension, toolkit(tmp_path, "", status=1))
+    assert line.startswith("no report of kernel resources") and not place.exists()
+    rows, why = kernel_resources.read(extension)
+    assert rows == () and "is not beside the module" in why
+
+
+def test_without_cuobjdump_the_build_says_so(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(kernel_resources, "disassembler", lambda home: None)
+    line = kernel_resources.write(tmp_path / "_C_cuda.so", None)
+    assert "there is no cuobjdump in the toolkit, on PATH or with Triton" in line
+
+
+@pytest.mark.parametrize("content", ["", "{", "[[1]]", json.dumps({"kernel": 1}), "3"])
+def test_a_damaged_report_is_a_reason(tmp_path: Path, content: str) -> None:
+    (tmp_path / kernel_resources.FILE_NAME).write_text(content)
+    rows, why = kernel_resources.read(tmp_path / "_C_cuda.so")
+    assert rows == () and "cannot be read" in why
+
+
+def test_order_of_architectures() -> None:
+    names = ["compute_120", "sm_120", "sm_100", "sm_90a", "sm_80"]
+    assert sorted(names, key=kernel_resources.architecture_order) == [*names[:0:-1], names[0]]

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.autograd.function import once_differentiable
 
 import lkconv
+from processes import ROOT
 
 X = torch.zeros(2, 4, 9, 8)
 W = torch.zeros(8, 1, 3, 5)
@@ -133,3 +135,80 @@ def test_module_message(case):
 def test_module_call_with_wrong_channels():
     with pytest.raises(ValueError, match=r"weight must be .* C = 5"):
         lkconv.DepthwiseConv2d(4, 3)(torch.zeros(1, 5, 8, 8))
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+ENORMOUS = 1 << 22  # as padding of one pixel: an output of 2^48 bytes, more than there are addresses
+
+
+def enormous(pixel):
+    return lkconv.depthwise_conv2d(pixel, torch.ones(1, 1, 1, 1), padding=ENORMOUS)
+
+
+class EnormousGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pixel):
+        return pixel.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return enormous(grad)
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A full GPU, as far as Python can tell: torch.empty runs out of memory."""
+    asked = []
+
+    def empty(sizes, **options):
+        asked.append((tuple(sizes), options))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 256.00 TiB.")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    return asked
+
+
+def test_a_failed_allocation_is_torchs_own_error():
+    with pytest.raises(RuntimeError, match="281475043819524 bytes") as ours:
+        enormous(torch.ones(1, 1, 1, 1))
+    with pytest.raises(RuntimeError) as torchs:
+        torch.empty(1, 1, 2 * ENORMOUS + 1, 2 * ENORMOUS + 1)
+    assert type(ours.value) is type(torchs.value) and str(ours.value) == str(torchs.value)
+
+
+def test_out_of_memory_keeps_its_type_and_message(full):
+    """The kernels' C++ asks for memory through the stable ABI, which loses both."""
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory. Tried to allocate 256.00 TiB.$"):
+        enormous(torch.ones(1, 1, 1, 1))
+    side = 2 * ENORMOUS + 1
+    assert full == [((1, 1, side, side), {"dtype": torch.float32, "device": "cpu"})]
+
+
+def test_out_of_memory_keeps_its_type_in_a_backward_pass(full):
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        EnormousGradient.apply(torch.ones(1, 1, 1, 1, requires_grad=True)).sum().backward()
+
+
+def test_out_of_memory_keeps_its_type_under_vmap_and_in_recorded_calls(full):
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        torch.vmap(enormous)(torch.ones(2, 1, 1, 1, 1))
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        enormous(torch.ones(1, 1, 1, 1, requires_grad=True))
+
+
+def test_memory_that_was_freed_meanwhile_serves(monkeypatch):
+    """Where torch.empty finds memory, the call is tried once more, and fails for what it really lacks."""
+    asked = []
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: asked.append(args))
+    with pytest.raises(RuntimeError):
+        enormous(torch.ones(1, 1, 1, 1))
+    assert len(asked) == 1
+
+
+def test_every_allocation_keeps_torchs_error():
+    """New tensors come from allocation.h alone, on CPUs and GPUs."""
+    files = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    direct = {p.name for p in files if "stable::empty" in p.read_text()}
+    assert direct == {"allocation.h"}

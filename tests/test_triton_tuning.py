@@ -27,11 +27,18 @@ def cache(tmp_path, monkeypatch, poisoned_memory):
     torch.use_deterministic_algorithms(False)  # which poisoned_memory needs, and which forbids tuning
     monkeypatch.setenv("LKCONV_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("LKCONV_TRITON_AUTOTUNE", raising=False)
-    return tmp_path / "triton"
+    yield tmp_path / "triton"
+    tuning._rejected.clear()
 
 
 def times(fastest):
     return lambda plan: 1.0 if plan.blocks["BLOCK_M"] == fastest else 2.0
+
+
+def too_large():
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources(300_000, 232_448, "shared memory")
 
 
 def refuse(plan):
@@ -118,14 +125,56 @@ def test_no_folder_no_tuning(monkeypatch, tmp_path):
 
 
 def test_kernels_too_large_for_the_device_lose():
-    from triton.runtime.errors import OutOfResources
-
     def time(plan):
         if plan.blocks["BLOCK_M"] != 128:
-            raise OutOfResources(300_000, 232_448, "shared memory")
+            raise too_large()
         return 5.0
 
     assert tuning.choose(KEY, PLANS, time)[0] == PLANS[1]
+    assert len(tuning._rejected[KEY]) == 3
+    assert tuning.choose(KEY, PLANS, refuse)[0] == PLANS[1]
+
+
+def test_a_rejected_choice_of_another_process_is_replaced():
+    """A file may name a plan that this machine's compiler no longer takes."""
+    tuning.choose(KEY, PLANS, times(256))
+    assert tuning.reject(KEY, PLANS[2], too_large())
+    assert tuning.choose(KEY, PLANS, times(128))[0] == PLANS[1]
+    tuning._rejected.clear()
+    assert tuning.choose(KEY, PLANS, refuse)[0] == PLANS[1], "the file was replaced"
+
+
+def test_where_nothing_may_be_timed_the_first_plan_that_compiles_runs(monkeypatch):
+    monkeypatch.setenv("LKCONV_TRITON_AUTOTUNE", "0")
+    tuning.reject(KEY, PLANS[0], too_large())
+    tuning.reject(KEY, PLANS[1], too_large())
+    assert tuning.choose(KEY, PLANS, refuse) == (PLANS[2], True)
+
+
+def test_without_any_plan_the_error_says_why_of_each():
+    def time(plan):
+        raise too_large()
+
+    with pytest.raises(kernels("faults").CannotCompile) as info:
+        tuning.choose(KEY, PLANS, time)
+    assert str(info.value).count("out of resource: shared memory, Required: 300000") == len(PLANS)
+
+
+def test_unrelated_errors_while_timing_are_not_swallowed():
+    def time(plan):
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        tuning.choose(KEY, PLANS, time)
+    assert not tuning._rejected
+
+
+def test_memory_too_short_for_timing_leaves_the_choice_open():
+    def time(plan):
+        raise torch.OutOfMemoryError("the timer's own buffer")
+
+    assert tuning.choose(KEY, PLANS, time) == (PLANS[0], False)
+    assert tuning.choose(KEY, PLANS, times(256)) == (PLANS[2], True)
 
 
 def test_only_the_shortlist_is_timed():

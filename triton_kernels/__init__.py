@@ -78,23 +78,26 @@ def _register() -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     from . import depthwise_conv2d as ops
-    from . import group_mix, normalised_branches
+    from . import group_mix, normalised_branches, plain
     from . import merge_depthwise_kernels as merge_ops
+    from .faults import guarded
     from .launch import interpreting
 
     # torch.compile looks into a triton_op; it cannot look into the interpreter.
     define = torch.library.custom_op if interpreting() else torch.library.triton_op
     for name, schema in SCHEMAS.items():
-        define(f"{NAMESPACE}::{name}", getattr(ops, name), mutates_args=(), schema=schema)
+        function = guarded(name, "depthwise_conv2d", getattr(ops, name), getattr(plain, name))
+        define(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=schema)
     # Their kernels take tuples of tensors, which a trace would lose: opaque to torch.compile.
     for name, schema in MERGE_SCHEMAS.items():
-        function = getattr(merge_ops, name)
+        function = guarded(name, "merge_depthwise_kernels", getattr(merge_ops, name), getattr(plain, name))
         torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=schema)
     for name in NORMALISED_BRANCHES:
-        function = getattr(normalised_branches, name)
+        function = guarded(name, "normalised_branches", getattr(normalised_branches, name), None)
         torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=_declared(name))
     for name in GROUP_MIX:
-        define(f"{NAMESPACE}::{name}", getattr(group_mix, name), mutates_args=(), schema=_declared(name))
+        function = guarded(name, "group_mix", getattr(group_mix, name), None)
+        define(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=_declared(name))
     return True
 
 

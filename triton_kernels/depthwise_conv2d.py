@@ -37,21 +37,33 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def chosen(
-    planner: Callable, key_of: Callable, facts, x: Tensor, time: Callable[[Plan], float] | None
-) -> Plan:
-    """The plan for a problem of concrete sizes, remembered: planning costs more than launching."""
-    tf32 = tf32_allowed(x.device)
+def run_planned(planner: Callable, key_of: Callable, problem, x: Tensor, execute: Callable[[Plan], None]):
+    """Executes the plan chosen for a problem, or the next one where Triton cannot compile it.
+
+    Choices for concrete sizes are remembered: planning costs more than launching.
+    """
+    facts, tf32 = hinted(problem), tf32_allowed(x.device)
     memo = (facts, x.dtype, x.device, tf32, tuning.enabled())
-    if plan := _settled.get(memo):
-        return plan
-    plans, _ = planner(facts, dtype_name(x), machine_of(x.device), tf32)
-    plan, settled = tuning.choose(key_of(facts, dtype_name(x), x.device, tf32), plans, time)
-    if settled:
-        if len(_settled) >= MAX_SETTLED:
-            _settled.clear()
-        _settled[memo] = plan
-    return plan
+    while True:
+        plan = _settled.get(memo)
+        if plan is None:
+            plans, _ = planner(facts, dtype_name(x), machine_of(x.device), tf32)
+            key = key_of(facts, dtype_name(x), x.device, tf32)
+            plan, settled = tuning.choose(key, plans, timer(x, execute))
+            if settled:
+                remember(memo, plan)
+        try:
+            return execute(plan)
+        except Exception as error:
+            if not tuning.reject(key_of(facts, dtype_name(x), x.device, tf32), plan, error):
+                raise
+            _settled.pop(memo, None)
+
+
+def remember(memo: tuple[object, ...], plan: Plan) -> None:
+    if len(_settled) >= MAX_SETTLED:
+        _settled.clear()
+    _settled[memo] = plan
 
 
 def timer(x: Tensor, run: Callable[[Plan], None]) -> Callable[[Plan], float] | None:
@@ -77,9 +89,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def run_conv(problem: ConvProblem, x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Runs one convolution problem into ``y``, which may be any strided view."""
-    time = timer(x, lambda plan: execute_conv(plan, problem, x, w, bias, y))
-    plan = chosen(plan_conv, conv_key, hinted(problem), x, time)
-    execute_conv(plan, problem, x, w, bias, y)
+    run_planned(plan_conv, conv_key, problem, x, lambda plan: execute_conv(plan, problem, x, w, bias, y))
 
 
 def execute_conv(plan: Plan, p: ConvProblem, x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -177,9 +187,11 @@ def depthwise_conv2d_backward_weight(
         padding,
         dilation,
     )
-    time = timer(input, lambda plan: execute_weight(plan, problem, input, grad_output, grad_weight))
-    plan = chosen(plan_weight, weight_key, hinted(problem), input, time)
-    execute_weight(plan, problem, input, grad_output, grad_weight)
+
+    def execute(plan: Plan) -> None:
+        execute_weight(plan, problem, input, grad_output, grad_weight)
+
+    run_planned(plan_weight, weight_key, problem, input, execute)
     return grad_weight
 
 

@@ -8,9 +8,10 @@ from dataclasses import asdict
 import torch
 
 from . import tuning
+from .faults import summary
 from .keys import conv_key, tf32_allowed, weight_key
 from .machine import machine_of
-from .planner import H200, Machine, Plan, plan_conv, plan_weight
+from .planner import H200, Declined, Machine, Plan, plan_conv, plan_weight
 from .problem import (
     ConvProblem,
     backward_input_problems,
@@ -43,7 +44,8 @@ def plan(
 
     ``size`` is (N, C, H, W) of the input; backward_input reports its first stride phase. With a ``Machine``
     this is a pure function. With the index of a device of this machine, the answer is what a call would run
-    there: a choice the tuner stored comes first, and tf32 is as torch's switches say.
+    there: a choice the tuner stored comes first, plans that do not compile are left out, and tf32 is as
+    torch's switches say.
 
     Keys: algorithm, possible, reason, tile, splits, scratch_bytes, flops, and the fields of a ``Plan``.
     Raises ``ValueError`` for an unknown pass.
@@ -58,9 +60,11 @@ def plan(
     found = plan_conv(problem, dtype, facts, tf32) if is_conv else plan_weight(problem, dtype, facts, tf32)
     plans, declined = found
     reason = "fewest cycles by count"
-    if device is not None and tuning.enabled():
+    if device is not None:
         key = (conv_key if is_conv else weight_key)(problem, dtype, device, tf32)
-        if stored := tuning.load(key, plans):
+        plans, failed = without_rejected(key, plans)
+        declined = [*declined, *failed]
+        if tuning.enabled() and (stored := tuning.load(key, plans)):
             plans = [stored, *(p for p in plans if p is not stored)]
             reason = "fastest when timed on this machine"
     if not every:
@@ -70,6 +74,17 @@ def plan(
     return [row(p, plans[0], reason, scratch) for p in plans] + [
         {"algorithm": d.algorithm, "possible": False, "reason": d.reason} for d in declined
     ]
+
+
+def without_rejected(key: str, plans: list[Plan]) -> tuple[list[Plan], list[Declined]]:
+    """The plans that compile, and the algorithms of which none does; all plans where nothing else is left."""
+    rejected = tuning.rejected(key)
+    left = [p for p in plans if tuning.identity(p) not in [tuning.identity(bad) for bad, _ in rejected]]
+    if not left:
+        return plans, []
+    reasons = {bad.algorithm: f"Triton cannot compile it: {summary(why)}" for bad, why in rejected}
+    gone = reasons.keys() - {p.algorithm for p in left}
+    return left, [Declined(algorithm, reasons[algorithm]) for algorithm in sorted(gone)]
 
 
 def device_at(index: int) -> torch.device:

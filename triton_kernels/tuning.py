@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import tempfile
@@ -24,7 +25,11 @@ from pathlib import Path
 
 import torch
 
+from .faults import CannotCompile, compile_failure, summary
 from .planner import Plan, worth_tuning
+
+_log = logging.getLogger("lkconv")
+_rejected: dict[str, list[tuple[Plan, str]]] = {}  # by key: plans that do not compile, and why
 
 
 def cache_dir() -> Path:
@@ -91,7 +96,11 @@ def choose(key: str, plans: Sequence[Plan], time: Callable[[Plan], float] | None
     """The plan to run, and whether that is settled (not merely because nothing may be timed now).
 
     ``time`` measures one plan in milliseconds; None while tensors are fake or a graph is being captured.
+
+    Raises:
+        CannotCompile: every plan was rejected.
     """
+    plans = usable(key, plans)
     if not enabled() or len(plans) == 1:
         return plans[0], True
     if stored := load(key, plans):
@@ -100,7 +109,39 @@ def choose(key: str, plans: Sequence[Plan], time: Callable[[Plan], float] | None
         return plans[0], False
     if not writable():
         return plans[0], True
-    return store(key, fastest(worth_tuning(plans), time), plans) or plans[0], True
+    try:
+        best = fastest(key, worth_tuning(plans), time)
+    except torch.OutOfMemoryError:  # the timer's buffers come on top of what the call itself needs
+        return plans[0], False
+    if best is None:
+        return choose(key, plans, time)
+    return store(key, best, plans) or plans[0], True
+
+
+def usable(key: str, plans: Sequence[Plan]) -> list[Plan]:
+    """The plans that were not rejected."""
+    failed = [identity(bad) for bad, _ in rejected(key)]
+    found = [plan for plan in plans if identity(plan) not in failed]
+    if not found:
+        raise CannotCompile(
+            "; ".join(f"{plan.algorithm} {plan.blocks}: {why}" for plan, why in rejected(key))
+        )
+    return found
+
+
+def rejected(key: str) -> Sequence[tuple[Plan, str]]:
+    """Plans that :func:`reject` left out, and what the compiler said."""
+    return _rejected.get(key, ())
+
+
+def reject(key: str, plan: Plan, error: Exception) -> bool:
+    """Leaves a plan out if ``error`` says that it cannot be compiled; False for every other error."""
+    failure = compile_failure(error)
+    if failure is None:
+        return False
+    _rejected.setdefault(key, []).append((plan, failure))
+    _log.warning("Triton cannot compile %s %s: %s", plan.algorithm, plan.blocks, summary(failure))
+    return True
 
 
 def writable() -> bool:
@@ -112,16 +153,16 @@ def writable() -> bool:
     return os.access(folder, os.W_OK)
 
 
-def fastest(plans: Sequence[Plan], time: Callable[[Plan], float]) -> Plan:
-    """A plan whose kernel needs more than the device has counts as infinitely slow."""
-    from triton.runtime.errors import OutOfResources
-
-    best, best_time = plans[0], math.inf
+def fastest(key: str, plans: Sequence[Plan], time: Callable[[Plan], float]) -> Plan | None:
+    """The fastest of the plans that compile, the others are rejected; None if none does."""
+    best, best_time = None, math.inf
     for plan in plans:
         try:
             elapsed = time(plan)
-        except OutOfResources:
+        except Exception as error:
+            if not reject(key, plan, error):
+                raise
             continue
-        if elapsed < best_time:
+        if best is None or elapsed < best_time:
             best, best_time = plan, elapsed
     return best

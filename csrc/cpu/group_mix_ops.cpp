@@ -22,14 +22,14 @@ Tensor checked(const Tensor& t, std::initializer_list<int64_t> sizes, DType dtyp
   int64_t i = 0;
   for (int64_t s : sizes) same = same && t.size(i++) == s;
   STD_TORCH_CHECK(same, "lkconv: ", name, " has the wrong shape, dtype or device");
-  return torch::stable::contiguous(t);
+  return contiguous_tensor(t);
 }
 
 // A parameter of any floating dtype, as a contiguous array of the accumulation type.
 template <class T>
 class Parameter {
  public:
-  Parameter(const Tensor& t, int64_t count) : tensor_(torch::stable::contiguous(t)) {
+  Parameter(const Tensor& t, int64_t count) : tensor_(contiguous_tensor(t)) {
     STD_TORCH_CHECK(t.is_cpu() && t.numel() == count, "lkconv: a parameter has ", t.numel(),
                     " elements, expected ", count);
     const void* data = tensor_.const_data_ptr();
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor> op_aggregate(const Tensor& qkv, int64_t height, int64
                                         double eps, double layer_norm_eps) {
   const TokenShape s = shape_of(qkv, height, width, kParts * kKinds, 3);
   const int64_t d = s.segment;
-  const Tensor z = torch::stable::contiguous(qkv);
+  const Tensor z = contiguous_tensor(qkv);
   Tensor mixed = empty_contiguous({kParts, s.batch, s.tokens(), kMixed * d}, qkv.scalar_type(), qkv);
   Tensor local = empty_contiguous({s.batch, s.tokens(), d}, qkv.scalar_type(), qkv);
   if (mixed.numel() == 0) return {mixed, local};
@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> op_mix(const Tensor& qkv, int
                                                           double layer_norm_eps) {
   const TokenShape s = shape_of(qkv, height, width, kParts * kKinds, 3);
   const int64_t d = s.segment;
-  const Tensor z = torch::stable::contiguous(qkv);
+  const Tensor z = contiguous_tensor(qkv);
   Tensor premix = empty_contiguous({kParts, s.batch, s.tokens(), (kMixed - 1) * d}, qkv.scalar_type(), qkv);
   Tensor prelocal = empty_contiguous({s.batch, s.tokens(), d}, qkv.scalar_type(), qkv);
   Tensor local = empty_contiguous({s.batch, s.tokens(), d}, qkv.scalar_type(), qkv);
@@ -186,7 +186,7 @@ Tensor op_normalize(const Tensor& qkv, const Tensor& premix, const Tensors& norm
                     const Tensors& norm_bias, const Tensor& mean, const Tensor& var, double eps) {
   const TokenShape s = shape_of(qkv, 1, qkv.size(1), kParts * kKinds, 3);
   const int64_t d = s.segment;
-  const Tensor z = torch::stable::contiguous(qkv);
+  const Tensor z = contiguous_tensor(qkv);
   const Tensor u = checked(premix, {kParts, s.batch, s.tokens(), (kMixed - 1) * d}, dtype_of(qkv), "premix");
   Tensor mixed = empty_contiguous({kParts, s.batch, s.tokens(), kMixed * d}, qkv.scalar_type(), qkv);
   if (mixed.numel() == 0) return mixed;
@@ -207,7 +207,7 @@ Tensor op_backward_reduce(const Tensor& grad_mixed, const Tensor& qkv, const Ten
                           const Tensor& var, double eps) {
   const TokenShape s = shape_of(qkv, 1, qkv.size(1), kParts * kKinds, 3);
   const int64_t d = s.segment;
-  const Tensor z = torch::stable::contiguous(qkv);
+  const Tensor z = contiguous_tensor(qkv);
   const Tensor u = checked(premix, {kParts, s.batch, s.tokens(), (kMixed - 1) * d}, dtype_of(qkv), "premix");
   const Tensor g =
       checked(grad_mixed, {kParts, s.batch, s.tokens(), kMixed * d}, dtype_of(qkv), "grad_mixed");
@@ -228,7 +228,7 @@ Tensor op_backward_reduce(const Tensor& grad_mixed, const Tensor& qkv, const Ten
 // grad_local may be a slice of a wider tensor, as long as a token's channels are contiguous.
 Tensor dense_tokens(const Tensor& t) {
   const bool dense = t.stride(2) == 1 && t.stride(0) == t.size(1) * t.stride(1) && t.stride(1) >= t.size(2);
-  return dense ? t : torch::stable::contiguous(t);
+  return dense ? t : contiguous_tensor(t);
 }
 
 std::tuple<Tensor, Tensor> op_backward(const Tensor& grad_mixed, const Tensor& grad_local, const Tensor& qkv,
@@ -241,7 +241,7 @@ std::tuple<Tensor, Tensor> op_backward(const Tensor& grad_mixed, const Tensor& g
   const TokenShape s = shape_of(qkv, height, width, kParts * kKinds, 3);
   const int64_t d = s.segment, n = s.tokens();
   const DType dtype = dtype_of(qkv);
-  const Tensor z = torch::stable::contiguous(qkv);
+  const Tensor z = contiguous_tensor(qkv);
   const Tensor u = checked(premix, {kParts, s.batch, n, (kMixed - 1) * d}, dtype, "premix");
   const Tensor v = checked(prelocal, {s.batch, n, d}, dtype, "prelocal");
   const Tensor g = checked(grad_mixed, {kParts, s.batch, n, kMixed * d}, dtype, "grad_mixed");

@@ -96,7 +96,7 @@ class Call {
   const void* factors(const Tensor& t, int64_t rows) {
     STD_TORCH_CHECK(t.is_cpu() && t.numel() == rows * p_.channels && t.scalar_type() == wide(),
                     "lkconv: factors must have one element per branch and channel in the accumulation type");
-    kept_.push_back(torch::stable::contiguous(t));
+    kept_.push_back(contiguous_tensor(t));
     return kept_.back().const_data_ptr();
   }
 

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <sstream>
 
 #include "../op_arguments.h"
 #include "group_mix_kernels.h"
@@ -109,9 +110,16 @@ Machine current_machine() {
   return machine_of(device);
 }
 
+#ifndef LKCONV_CUDA_IMAGES
+#error "setup.py defines LKCONV_CUDA_IMAGES: what nvcc was asked for, such as sm_80+sm_90a+compute_90a"
+#endif
+#define LKCONV_TEXT(...) #__VA_ARGS__
+#define LKCONV_EXPANDED_TEXT(...) LKCONV_TEXT(__VA_ARGS__)
+
 std::vector<std::string> compiled_architectures() {
   std::vector<std::string> names;
-  for (const int arch : {__CUDA_ARCH_LIST__}) names.push_back("sm_" + std::to_string(arch / 10));
+  std::stringstream all(LKCONV_EXPANDED_TEXT(LKCONV_CUDA_IMAGES));
+  for (std::string name; std::getline(all, name, '+');) names.push_back(name);
   return names;
 }
 

@@ -32,13 +32,13 @@ class Arguments {
     bool same = here(t) && t.dim() == int64_t(sizes.size()) && dtype_of(t) == dtype;
     for (int64_t i = 0; same && i < int64_t(sizes.size()); ++i) same = t.size(i) == sizes.begin()[i];
     STD_TORCH_CHECK(same, "lkconv: ", name, " has the wrong shape, dtype or device");
-    kept_.push_back(torch::stable::contiguous(t));
+    kept_.push_back(contiguous_tensor(t));
     return kept_.back().const_data_ptr();
   }
   ParameterView parameter(const Tensor& t, int64_t count) {
     STD_TORCH_CHECK(here(t) && t.numel() == count, "lkconv: a parameter must have ", count,
                     " elements on the tokens' device, got ", t.numel());
-    kept_.push_back(torch::stable::contiguous(t));
+    kept_.push_back(contiguous_tensor(t));
     return {kept_.back().const_data_ptr(), dtype_of(t)};
   }
   template <size_t N>
@@ -54,7 +54,7 @@ class Arguments {
   // grad_local may be a slice of a wider tensor, as long as a token's channels are contiguous.
   Tensor dense_tokens(const Tensor& t) {
     const bool dense = t.stride(2) == 1 && t.stride(0) == t.size(1) * t.stride(1) && t.stride(1) >= t.size(2);
-    kept_.push_back(dense ? t : torch::stable::contiguous(t));
+    kept_.push_back(dense ? t : contiguous_tensor(t));
     return kept_.back();
   }
   bool here(const Tensor& t) const { return t.is_cuda() && t.get_device_index() == device_; }

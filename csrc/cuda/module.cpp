@@ -5,6 +5,7 @@
 #include <array>
 #include <stdexcept>
 
+#include "../allocation_error.h"
 #include "depthwise_conv2d.h"
 #include "group_mix_run.h"
 #include "run.h"
@@ -281,6 +282,8 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("kernels", &lkconv::cuda::kernel_names, "Names of the compiled kernels.");
   m.def("resources", &lkconv::cuda::resources, "Registers and memory of every kernel on the current GPU.");
   m.def("architectures", &lkconv::cuda::compiled_architectures,
-        "GPU architectures this module holds machine code for, as sm_NN.");
+        "GPU architectures this module holds machine code for, as sm_NN, and PTX for, as compute_NN.");
+  m.def("allows_tf32", &lkconv::cuda::torch_allows_tf32,
+        "Whether torch's switches allow tf32 in convolutions now.");
   m.def("toolkit", &lkconv::cuda::toolkit_version, "Version of the CUDA compiler.");
 }

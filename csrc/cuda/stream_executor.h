@@ -52,9 +52,7 @@ class StreamExecutor {
   // From torch's allocator, which hands memory out again in stream order: it may be released before it is
   // used.
   void* workspace(int64_t bytes) {
-    const int64_t size[] = {bytes};
-    kept_.push_back(torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size, 1), ScalarType::Byte,
-                                         std::nullopt, like_.device()));
+    kept_.push_back(empty_tensor({bytes}, ScalarType::Byte, like_, std::nullopt));
     return kept_.back().mutable_data_ptr();
   }
 

@@ -194,6 +194,7 @@ def split_heads(mixed: Tensor, num_heads: int = 8) -> tuple[Tensor, Tensor, Tens
     return _SplitHeads.apply(mixed, num_heads)
 
 
+@backends.retried
 def group_mix_aggregate(
     qkv: Tensor,
     size: tuple[int, int],

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import backends
 from .. import reference_group_mix as reference
 from ..modules import DepthwiseConv2d
 from . import aggregate as fused
@@ -156,6 +157,7 @@ class GroupMixAggregator(nn.Module):
         """Whose fused kernels this call takes; None where it runs as plain PyTorch."""
         return fused.namespace(qkv) if self._fusible() else None
 
+    @backends.retried
     def forward(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """qkv (B, N, 3 * C) of an H x W grid -> q, k, v (B, 8, N, d / 2) and local (B, N, d)."""
         check_tokens(qkv, size, "qkv")
@@ -226,6 +228,7 @@ class GroupMixAttention(nn.Module):
         if x.shape[2] != self.dim:
             raise ValueError(f"x must have dim = {self.dim} channels, got {x.shape[2]}")
 
+    @backends.retried
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """x (B, N, C), tokens of an H x W grid -> (B, N, C)."""
         self._check(x, size)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from lkconv import backends
 from lkconv.reparam import convolution, normalised_branches
 from lkconv.reparam.algebra import fold_dtype
 from lkconv.reparam.geometry import Geometry, place_geometry
@@ -114,6 +115,7 @@ class BatchStatisticsSum(torch.autograd.Function):
     """(input, spec, weights..., gammas..., betas...) -> (output, means (B, C), variances (B, C), count)."""
 
     @staticmethod
+    @backends.retried
     def forward(ctx, input: Tensor, spec: SumSpec, *tensors: Tensor | None):
         branches = len(spec.geometries)
         weights, gammas, betas = (tensors[i * branches : (i + 1) * branches] for i in range(3))

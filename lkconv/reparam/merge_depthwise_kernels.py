@@ -67,11 +67,10 @@ def _flat(placements: Sequence[Placement]) -> tuple[list[int], list[int]]:
 def _ops(dtype: torch.dtype, *tensors: Tensor) -> Any:
     """The op packets of the backend that takes every operand, else the functions in plain PyTorch."""
     dtypes = {dtype, *(t.dtype for t in tensors)}
-    found = {backends.namespace(tensors[0].device, d) for d in dtypes}
+    found = {backends.namespace(tensors[0].device, d, "merge_depthwise_kernels") for d in dtypes}
     namespace = found.pop()
     if namespace is None or found or any(t.layout is not torch.strided for t in tensors):
         return reference_merge
-    register_hooks(namespace)
     return getattr(torch.ops, namespace)
 
 

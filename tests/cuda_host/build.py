@@ -35,6 +35,7 @@ SOURCES = {
         *EMULATOR,
     ),
     "merge_driver": ("csrc/cuda/kernels_merge.cu", "tests/cuda_host/merge_driver.cpp", *EMULATOR),
+    "faults_driver": ("tests/cuda_host/faults_driver.cpp", *EMULATOR),
 }
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 

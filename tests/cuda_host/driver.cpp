@@ -2,13 +2,18 @@
 // in float64. Each line of standard input is one case of key=value words; each answer is one line of JSON.
 //   pass=forward|backward_input|backward_weight dtype=f64|f32|tf32|f16|bf16 algorithm=auto|direct|toeplitz
 //   size=N,C,H,W multiplier=m kernel=kh,kw stride=sh,sw padding=ph,pw dilation=dh,dw
-//   layout=nchw|nhwc|slice|expand order=forward|reverse|random bias=0|1 sms=... shared=... seed=...
+//   layout=nchw|nhwc|slice|expand|far_images|far_planes|far_rows|far_pixels order=forward|reverse|random
+//   bias=0|1 sms=... shared=... seed=...
 //   nonfinite=0|1: a NaN in the pass's first tensor of pixels, an infinity in its last
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <iostream>
 #include <memory>
+#include <new>
 #include <random>
 
 #include "cuda/device.cuh"
@@ -34,16 +39,41 @@ void store(unsigned char* p, DType dtype, double value) {
   if (dtype_size(dtype) == 2) std::memcpy(p, &h, 2);
 }
 
-// A 4-D tensor in a layout, its memory exactly as large as needed and full of NaN.
+using Memory = std::unique_ptr<unsigned char[], std::function<void(unsigned char*)>>;
+
+// Exactly as many bytes as asked for, so that AddressSanitizer sees every overrun, full of NaN.
+Memory dense_memory(size_t bytes) {
+  Memory memory(new unsigned char[bytes], [](unsigned char* p) { delete[] p; });
+  std::memset(memory.get(), 0xff, bytes);
+  return memory;
+}
+
+// Address space full of zeros, of which only the pages that are touched take memory.
+Memory sparse_memory(size_t bytes) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  return Memory(static_cast<unsigned char*>(p), [bytes](unsigned char* q) { munmap(q, bytes); });
+}
+
+// A stride by which the second half of `count` steps reaches elements beyond 2^31; a multiple of 64.
+int64_t far_stride(int64_t count) {
+  return (int64_t(1) << 31) / std::max<int64_t>(count / 2, 1) / 64 * 64 + 64;
+}
+
+// A 4-D tensor in a layout, full of NaN.
 struct Tensor {
   int64_t n, c, h, w;
   TensorView view{};
-  std::unique_ptr<unsigned char[]> memory;
+  Memory memory;
 
   Tensor(int64_t n_, int64_t c_, int64_t h_, int64_t w_, DType dtype, const std::string& layout)
       : n(n_), c(c_), h(h_), w(w_) {
-    int64_t elements = n * c * h * w, offset = 0;
     view.dtype = dtype;
+    if (layout.rfind("far_", 0) == 0) {
+      place_far(layout);
+      return;
+    }
+    int64_t elements = n * c * h * w, offset = 0;
     if (layout == "nhwc") {
       view.stride_n = c * h * w, view.stride_c = 1, view.stride_h = w * c, view.stride_w = c;
     } else if (layout == "slice") {  // part of a wider tensor: odd offset, odd row pitch
@@ -56,10 +86,26 @@ struct Tensor {
     } else {
       view.stride_n = c * h * w, view.stride_c = h * w, view.stride_h = w, view.stride_w = 1;
     }
-    const size_t bytes = size_t(elements * dtype_size(dtype));
-    memory = std::make_unique<unsigned char[]>(bytes);
-    std::memset(memory.get(), 0xff, bytes);
+    memory = dense_memory(size_t(elements * dtype_size(dtype)));
     view.data = memory.get() + offset * dtype_size(dtype);
+  }
+
+  // Few elements whose offsets do not fit 32 bits: an offset cut short meets a zero, or no memory at all.
+  void place_far(const std::string& layout) {
+    view.stride_w = 1, view.stride_h = w;
+    if (layout == "far_pixels") {  // channels_last
+      view.stride_c = 1, view.stride_w = far_stride(w), view.stride_h = w * view.stride_w;
+      view.stride_n = h * view.stride_h;
+    } else {
+      if (layout == "far_rows") view.stride_h = far_stride(h);
+      view.stride_c = layout == "far_planes" ? far_stride(c) : h * view.stride_h;
+      view.stride_n = layout == "far_images" ? far_stride(n) : c * view.stride_c;
+    }
+    memory = sparse_memory(size_t(n * view.stride_n * dtype_size(view.dtype)));
+    view.data = memory.get();
+    each([&](int64_t i, int64_t j, int64_t y, int64_t x) {
+      std::memset(at(i, j, y, x), 0xff, size_t(dtype_size(view.dtype)));
+    });
   }
 
   unsigned char* at(int64_t i, int64_t j, int64_t y, int64_t x) const {
@@ -215,7 +261,7 @@ std::string run_case(Words& words) {
   std::mt19937_64 random(std::stoull(words["seed"]));
   const bool forward = pass == "forward", to_input = pass == "backward_input";
   // An output is never an expanded or sliced tensor: the op allocates it.
-  const std::string out_layout = layout == "nhwc" ? "nhwc" : "nchw";
+  const std::string out_layout = layout == "slice" || layout == "expand" ? "nchw" : layout;
   Tensor x(p.batch, p.channels, p.height, p.width, dtype, to_input ? out_layout : layout);
   Tensor w(p.out_channels(), 1, p.kernel_h, p.kernel_w, dtype, "nchw");
   Tensor g(p.batch, p.out_channels(), p.out_height, p.out_width, dtype, forward ? out_layout : layout);
