@@ -5,6 +5,7 @@ import os
 import hypothesis
 import pytest
 import torch
+import torch.testing._internal.common_utils  # see plain_switches
 
 from float32_precision import tf32_allowed
 from lkconv import backends
@@ -32,6 +33,14 @@ def poisoned_memory():
     assert torch.empty(4).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def plain_switches():
+    """Once imported, torch's own test helpers (torch.library.opcheck needs them) forbid assignments to the switches
+    of torch.backends in the whole process. The tests here restore them themselves."""
+    with torch.backends.__allow_nonbracketed_mutation():
+        yield
 
 
 @pytest.fixture
