@@ -19,7 +19,8 @@ struct Geometry {
   bool dense = true;      // pixels follow each other without a gap: no slice of wider tensors
   bool rows = true;       // neighbouring pixels of a row are neighbours in memory (contiguous)
   bool adjacent = false;  // neighbouring channels are neighbours in memory (channels_last): for CPU planners
-  int64_t phases = 1;     // of how many problems this is one: backward_input has one per stride phase
+  // Of how many problems this is one, in all and along rows: backward_input has one per stride phase.
+  int64_t phases = 1, phases_w = 1;
 };
 
 // output[n, c, y, x] = bias[c] + sum_j sum_{u,v} weight[wc(c,j), u, v]
@@ -118,7 +119,8 @@ inline std::vector<ForwardProblem> backward_input_phases(const ConvParams& p, co
       f.output.stride_w *= p.stride_w;
       phases.push_back(f);
     }
-  for (ForwardProblem& f : phases) f.phases = int64_t(phases.size());
+  for (ForwardProblem& f : phases)
+    f.phases = int64_t(phases.size()), f.phases_w = std::min(p.stride_w, p.width);
   return phases;
 }
 

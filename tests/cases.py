@@ -113,6 +113,9 @@ CORE = [
     # Stride and dilation, equal and not, sharing factors and not.
     Case((2, 5, 15, 17), (3, 3), padding=(1, 1), stride=(2, 2)),
     Case((1, 17, 16, 19), (7, 7), padding=(3, 3), stride=(2, 1)),
+    Case((2, 5, 15, 41), (3, 6), padding=(1, 2), stride=(1, 2)),
+    Case((2, 3, 33, 35), (5, 4), padding=(2, 5), stride=(2, 2), bias=False),
+    Case((1, 4, 9, 70), (7, 1), padding=(4, 0), stride=(2, 2)),
     Case((1, 3, 20, 23), (5, 4), padding=(2, 0), stride=(3, 2)),
     Case((1, 6, 21, 22), (2, 2), stride=(3, 3), bias=False),
     same((1, 5, 20, 22), (7, 7), dilation=(3, 3)),

@@ -37,8 +37,8 @@ def poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def plain_switches():
-    """Once imported, torch's own test helpers (torch.library.opcheck needs them) forbid assignments to the switches
-    of torch.backends in the whole process. The tests here restore them themselves."""
+    """Once imported, torch's own test helpers (torch.library.opcheck needs them) forbid assignments to the
+    switches of torch.backends in the whole process. The tests here restore them themselves."""
     with torch.backends.__allow_nonbracketed_mutation():
         yield
 

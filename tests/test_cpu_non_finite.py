@@ -18,11 +18,12 @@ SUMMED = [
     same((2, 4, 20, 21), (5, 3), dilation=(2, 3)),
     Case((2, 4, 12, 13), (5, 5), padding=(2, 2), multiplier=2),
     same((2, 32, 4, 6), (3, 3)),
+    same((2, 32, 7, 7), (1, 13)),
 ]
 FFT = [
     same((2, 18, 28, 28), (27, 27)),
     Case((2, 16, 140, 24), (25, 15), padding=(12, 7), bias=False),  # several tiles
-    same((2, 4, 30, 26), (25, 21), multiplier=2),
+    same((2, 16, 30, 26), (25, 21), multiplier=2),
 ]
 SPOTS = [(0, 0), (3, 5), (-1, -1)]
 

@@ -178,10 +178,27 @@ def test_contiguous_rows_are_read_in_place():
     assert plan(side=3)["in_place"] and plan(side=200)["in_place"] and plan(multiplier=2)["in_place"]
     for isa in ("baseline", "avx2"):
         assert not plan(isa=isa)["in_place"], "it has no masked loads"
-    assert not plan(stride=(2, 2))["in_place"] and not plan(dtype="bfloat16")["in_place"]
+    assert not plan(dtype="bfloat16")["in_place"]
     far = {"dilation": (900, 1), "padding": (2700, 3)}
     assert plan((7, 7), side=9000, **far)["possible"], "it needs no window"
     assert plan()["scratch_bytes"] < 4096
+
+
+def test_strided_rows_are_read_in_place():
+    def in_place(kernel=(3, 3), stride=(2, 2), **options):
+        options = {"padding": (1, 1), "isa": "avx512", "kernel": kernel, "stride": stride, **options}
+        return of("planar", candidates(size=(2, 16, 28, 30), **options))["in_place"]
+
+    for pass_name in ("forward", "backward_input"):
+        assert in_place(pass_name=pass_name) and in_place(stride=(1, 2), pass_name=pass_name)
+        assert in_place((7, 4), pass_name=pass_name)
+        assert not in_place(stride=(2, 3), pass_name=pass_name), "pixels are dealt to two columns"
+        assert not in_place(dilation=(3, 1), pass_name=pass_name)
+        assert not in_place(isa="avx2", pass_name=pass_name)
+    assert not in_place((8, 3)) and in_place((13, 3), pass_name="backward_input"), "phases have half the rows"
+    assert not in_place((16, 3), pass_name="backward_input")
+    assert in_place(stride=(3, 2), pass_name="backward_input") and not in_place(stride=(3, 2))
+    assert in_place(multiplier=2) and not in_place(multiplier=2, pass_name="backward_input")
 
 
 def test_pytorch_takes_small_kernels_on_large_maps_only():

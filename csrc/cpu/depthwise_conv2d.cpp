@@ -30,7 +30,7 @@ void run_planar(const PlanarProblem& p, const Plan& plan, const ParallelFor& par
   const Kernels& k = *kernels_for(plan.isa);
   const int64_t tasks = f.batch * f.channels * ceil_div(f.out_height, plan.tile_h);
   parallel(tasks, grain_for(tasks, plan.cycles * double(p.phases_h * p.phases_w)), [&](int64_t a, int64_t b) {
-    plan.in_place ? k.forward_pixels(f, plan, a, b) : k.forward_planar(p, plan, a, b);
+    (plan.in_place ? k.forward_pixels : k.forward_planar)(p, plan, a, b);
   });
 }
 

@@ -33,7 +33,7 @@ struct Kernels {
   // Every stride phase of a plane at once.
   void (*forward_planar)(const PlanarProblem&, const Plan&, int64_t task0, int64_t task1);
   // Its sums with the pixels read in place; null where there are no masked loads.
-  void (*forward_pixels)(const ForwardProblem&, const Plan&, int64_t task0, int64_t task1);
+  void (*forward_pixels)(const PlanarProblem&, const Plan&, int64_t task0, int64_t task1);
   void (*forward_fft)(const ForwardProblem&, const Plan&, int64_t task0, int64_t task1);
   void (*weight_direct_f32)(const WeightProblem&, const Plan&, float* partial, int64_t task0, int64_t task1);
   void (*weight_direct_f64)(const WeightProblem&, const Plan&, double* partial, int64_t task0, int64_t task1);

@@ -7,6 +7,7 @@
 #include "direct_weight.h"
 #include "planar.h"
 #include "planar_in_place.h"
+#include "planar_strided.h"
 #include "fft.h"
 #include "fft_conv.h"
 #include "merge.h"

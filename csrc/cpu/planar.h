@@ -285,12 +285,7 @@ struct PlanarTask {
     }
   }
   // Row phases without taps have no columns; those with taps agree on them.
-  const ForwardProblem& widest(int64_t x) const {
-    const ForwardProblem* best = &p.phase(0, x);
-    for (int64_t y = 1; y < p.phases_h; ++y)
-      if (p.phase(y, x).kernel_w > best->kernel_w) best = &p.phase(y, x);
-    return *best;
-  }
+  const ForwardProblem& widest(int64_t x) const { return widest_phase(p, x); }
 
   // The kernels of one output channel: in the weight itself where it holds them as T, else in scratch.
   void load_taps(int64_t c) {

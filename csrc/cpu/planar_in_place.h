@@ -422,11 +422,6 @@ class PixelTask {
   uint16_t* masks_;
 };
 
-// Task = (image, channel).
-inline void forward_pixels(const ForwardProblem& f, const Plan& plan, int64_t task0, int64_t task1) {
-  PixelTask(f, plan).run(task0, task1);
-}
-
 #endif
 
 }  // namespace lkconv::cpu::LKCONV_ISA

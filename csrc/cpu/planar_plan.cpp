@@ -33,9 +33,10 @@ double rows_inside(const Geometry& g, int64_t block_rows) {
 }
 
 // Whether a block's pixels can be read in place: there are masked loads, and each of its vectors has outputs.
-bool in_place(const Geometry& g, const PlanarBlock& b, DType dtype, const Machine& m) {
-  return m.isa >= Isa::avx512 && dtype == DType::f32 && g.phases == 1 && g.stride_h == 1 && g.stride_w == 1 &&
-         g.out_width > (b.vectors - 1) * m.lanes_f32;
+bool in_place(const Geometry& g, int64_t reduce, const PlanarBlock& b, DType dtype, const Machine& m) {
+  if (m.isa < Isa::avx512 || dtype != DType::f32) return false;
+  if (planar_strided(g, reduce)) return b.rows == 7 && b.vectors == 1;
+  return g.phases == 1 && g.stride_h == 1 && g.stride_w == 1 && g.out_width > (b.vectors - 1) * m.lanes_f32;
 }
 
 struct Count {
@@ -92,6 +93,14 @@ Count count_in_place(const Geometry& g, const PlanarBlock& b, int64_t lanes) {
   c.products = columns * pairs;
   c.loads = g.dil_h == step ? columns * rows : c.products;
   c.blocks = parts * double(ceil_div(g.out_width, width));
+  return c;
+}
+
+// The same for a stride of 2 along rows: two vectors of pixels for a pair of tap columns.
+Count count_strided(const Geometry& g, const PlanarBlock& b, int64_t lanes) {
+  Count c = count_plane(g, b, g.out_height, lanes);
+  const double down = double(ceil_div(g.out_height, b.rows)), across = double(ceil_div(g.out_width, lanes));
+  c.loads = down * across * double(((b.rows - 1) * g.stride_h + g.kernel_h) * round_up(g.kernel_w, 2));
   return c;
 }
 
@@ -159,6 +168,13 @@ PixelSizes pixel_sizes(const Geometry& g, const Plan& plan) {
   const int64_t blocks = ceil_div(g.out_width, block.vectors * plan.lanes);
   const auto bytes = [](int64_t count, size_t size) { return round_up(count * int64_t(size), 64); };
   PixelSizes s{};
+  if (planar_strided(g, 1)) {
+    const int64_t columns = g.kernel_w + 1;  // a pair, or the phase of more taps
+    s.columns = g.phases_w * bytes(columns, sizeof(int64_t));
+    s.masks = g.phases_w * bytes(blocks * columns, sizeof(uint16_t));
+    s.bytes = s.columns + s.masks;
+    return s;
+  }
   s.columns = bytes(g.kernel_w, sizeof(int64_t));
   s.ranges = bytes(blocks, 2 * sizeof(int64_t));
   s.rows = bytes(ceil_div(g.out_height, block.rows) + planar_row_step(g), 4 * sizeof(int64_t));
@@ -180,13 +196,15 @@ const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtyp
   for (int64_t i = 0; i < planar_blocks(m.many_registers); ++i) {
     Plan p = plan;
     p.block = i;
-    p.in_place = in_place(g, kPlanarBlocks[i], dtype, m);
+    p.in_place = in_place(g, reduce, kPlanarBlocks[i], dtype, m);
     if (!p.in_place && plan.in_place) continue;
     p.tile_h = p.in_place ? g.out_height : 1;
     if (!p.in_place)
       p.tile_h = tile_rows(g, kPlanarBlocks[i], sizes_of_one(g, reduce, p).row * int64_t(sizeof(float)));
-    const Count c = p.in_place ? count_in_place(g, kPlanarBlocks[i], m.lanes_f32)
-                               : count_plane(g, kPlanarBlocks[i], p.tile_h, m.lanes_f32);
+    const PlanarBlock& block = kPlanarBlocks[i];
+    const Count c = !p.in_place       ? count_plane(g, block, p.tile_h, m.lanes_f32)
+                    : g.stride_w == 2 ? count_strided(g, block, m.lanes_f32)
+                                      : count_in_place(g, block, m.lanes_f32);
     const double taps = double(g.kernel_h * g.kernel_w);
     const bool pairs = planar_pairs(g, reduce, p);
     const double products = pairs ? c.products / 2 : c.products;

@@ -52,6 +52,23 @@ inline bool planar_pairs(const Geometry& g, int64_t reduce, const Plan& plan) {
          2 * g.out_width <= plan.lanes;
 }
 
+// Whether planar_strided.h reads pixels in place: two columns from one output to the next, or two column
+// phases.
+constexpr int64_t kMaxStridedTaps = 7, kMaxPhaseTaps = 8;  // kernel rows of the forward pass, and of a phase
+inline bool planar_strided(const Geometry& g, int64_t reduce) {
+  if (reduce != 1 || g.dil_h != 1) return false;
+  if (g.phases > 1) return g.phases_w == 2 && g.kernel_h + 1 <= kMaxPhaseTaps;
+  return g.stride_w == 2 && g.stride_h <= 2 && g.dil_w == 1 && g.kernel_h <= kMaxStridedTaps;
+}
+
+// The column phase's problem that has taps, if any row phase has.
+inline const ForwardProblem& widest_phase(const PlanarProblem& p, int64_t x) {
+  const ForwardProblem* best = &p.phase(0, x);
+  for (int64_t y = 1; y < p.phases_h; ++y)
+    if (p.phase(y, x).kernel_w > best->kernel_w) best = &p.phase(y, x);
+  return *best;
+}
+
 // The same where pixels are read in place (planar_in_place.h), in bytes of each part.
 struct PixelSizes {
   int64_t columns, ranges, rows, masks;
