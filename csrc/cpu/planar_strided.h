@@ -8,11 +8,10 @@ namespace lkconv::cpu::LKCONV_ISA {
 
 #if LKCONV_AVX512
 
-constexpr int kStridedRows =
-    7;  // of a block of one vector: two phases' sums, or the taps of two columns, fit
+// Rows of a block of one vector: the sums of two phases, or the taps of two columns, fit in registers.
+constexpr int kStridedRows = 7;
 
-// ---- backward_input
-// -----------------------------------------------------------------------------------------
+// ---- backward_input ----
 
 // a += the K kernel rows of one column phase.
 template <int Y, int K>
@@ -126,8 +125,7 @@ class PhaseTask {
   PhaseColumns columns_[2];
 };
 
-// ---- forward
-// ------------------------------------------------------------------------------------------------
+// ---- forward ----
 
 // Output row y reads rows 2 y + u or, with kStep 1, rows y + u: pixels of `in` by pairs of tap columns, 2 x
 // and 2 x + 1 behind columns[v]. Masks: two for each pair.
