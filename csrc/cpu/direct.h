@@ -324,7 +324,12 @@ template <class T>
 void forward_direct(const ForwardProblem& p, const Plan& plan, int64_t task0, int64_t task1) {
   constexpr int L = kLanes<T>;
   if constexpr (std::is_same_v<T, float>)
-    if (plan.in_place) return forward_in_place<T>(p, plan, task0, task1);
+    if (plan.in_place) {
+#if LKCONV_VECTOR_REGISTERS >= 32
+      if (p.input.dtype == DType::bf16) return forward_in_place<bf16>(p, plan, task0, task1);
+#endif
+      return forward_in_place<float>(p, plan, task0, task1);
+    }
   const int64_t tiles_x = ceil_div(p.out_width, plan.tile_w),
                 tiles = ceil_div(p.out_height, plan.tile_h) * tiles_x;
   const int64_t groups = channel_groups(p.channels, plan);

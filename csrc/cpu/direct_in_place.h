@@ -3,6 +3,8 @@
 // which of its pixels they are: odd kernel rows of at most 7 taps that keep the width of the image.
 #pragma once
 
+#include "element_vectors.h"
+
 namespace lkconv::cpu::LKCONV_ISA {
 
 // Rows of a tensor, `row_step` elements apart, of pixels `step` apart.
@@ -29,32 +31,87 @@ LKCONV_INLINE bool requests_rows(const Geometry& p, DType dtype) {
   return p.batch * p.height * p.width * p.channels * dtype_size(dtype) >= kRequestBytes;
 }
 
-// The channel groups a task handles together. The last one of a tensor moves left to be whole: what it
-// computes twice comes out the same, and from the same task.
+// The channel groups a task handles together, kElements channels each. The last one of a tensor moves left to
+// be whole: what it computes twice comes out the same, and from the same task. Kernels and biases are floats,
+// in the parts of element_vectors.h: [part][tap][lane].
 template <class T>
 struct InPlaceSpan {
   int64_t count;
   bool request;
   const T* input[kMaxSpan];
   T* output[kMaxSpan];
-  const T* kernel[kMaxSpan];
-  Vec<T> bias[kMaxSpan];
+  const float* kernel[kMaxSpan];
+  Vec<float> bias[kMaxSpan][kFloatParts<T>];
 };
 
+// Where a block of X outputs goes, and what its sums begin with.
+template <class T>
+struct InPlaceOutputs {
+  T* at;
+  int64_t step;
+  const Vec<float>* initial;
+};
+// Kernel rows, `row` floats apart, of which each part has its own.
+struct InPlaceTaps {
+  const float* base;
+  int64_t row, part;
+};
+
+// out[i] = sum over u < rows, v < V of taps[u][v] * pixels[u][i + v], as in tile_unit: a vector of pixels is
+// loaded once for all taps of a row. The first kLeft and the last kRight pixels are halo, which is not read.
+template <class T, int X, int V, int kLeft, int kRight>
+LKCONV_INLINE void in_place_tile(const InPlaceOutputs<T>& out, const TensorRows<T>& pixels,
+                                 const InPlaceTaps& taps, int64_t rows) {
+  constexpr int L = kLanes<float>, P = kFloatParts<T>;
+  Vec<float> a[X][P];
+#pragma GCC unroll 16
+  for (int i = 0; i < X; ++i)
+#pragma GCC unroll 2
+    for (int q = 0; q < P; ++q) a[i][q] = out.initial[q];
+  for (int64_t u = 0; u < rows; ++u) {
+    const T* in = pixels.row(u) + kLeft * pixels.step;
+    const float* held = taps.base + u * taps.row;
+    Vec<float> k[V][P];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v)
+#pragma GCC unroll 2
+      for (int q = 0; q < P; ++q) k[v][q] = load(held + q * taps.part + v * L);
+#pragma GCC unroll 32
+    for (int j = kLeft; j < X + V - 1 - kRight; ++j, in += pixels.step) {
+      Vec<float> p[P];
+      take_apart(p, load_whole(in));
+#pragma GCC unroll 2
+      for (int q = 0; q < P; ++q) {
+        if (V > 1) keep(p[q]);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v)
+          if (j - v >= 0 && j - v < X) a[j - v][q] += k[v][q] * p[q];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < X; ++i) store_whole(out.at + i * out.step, put_together(a[i], T()));
+}
+
 template <class T, int X, int V>
-LKCONV_INLINE void in_place_block(const Outputs<T>& out, const TensorRows<T>& pixels, const RowStep<T>& taps,
-                                  int64_t rows, bool left, bool right) {
-  if (V > 1 && (left || right))
-    tile_at_edge<T, X, V>(out, pixels, taps, rows, left, right);
+LKCONV_INLINE void in_place_block(const InPlaceOutputs<T>& out, const TensorRows<T>& pixels,
+                                  const InPlaceTaps& taps, int64_t rows, bool left, bool right) {
+  constexpr int P = V / 2;
+  if (V > 1 && left && right)
+    in_place_tile<T, X, V, P, P>(out, pixels, taps, rows);
+  else if (V > 1 && left)
+    in_place_tile<T, X, V, P, 0>(out, pixels, taps, rows);
+  else if (V > 1 && right)
+    in_place_tile<T, X, V, 0, P>(out, pixels, taps, rows);
   else
-    tile_unit<T, X, V, true, false>(out, pixels, taps, rows);
+    in_place_tile<T, X, V, 0, 0>(out, pixels, taps, rows);
 }
 
 // One row of outputs: blocks evenly apart, so that none but the first and the last reaches the halo; all
 // groups of a block, whose pixels are neighbours in memory, follow each other.
 template <class T, int X, int V>
 void in_place_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t y) {
-  constexpr int L = kLanes<T>;
+  constexpr int L = kLanes<float>;
   const TensorView &in = p.input, &out = p.output;
   const int64_t top = y * p.stride_h - p.pad_h, width = p.out_width, blocks = ceil_div(width, X);
   int64_t u0, u1;
@@ -67,16 +124,17 @@ void in_place_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t y) {
     const int64_t x = blocks > 1 ? i * (width - X) / (blocks - 1) : 0;
     const bool left = i == 0, right = i == blocks - 1;
     for (int64_t g = 0; g < s.count; ++g) {
-      const Outputs<T> to{s.output[g] + y * out.stride_h + x * out.stride_w, out.stride_w, s.bias[g]};
+      const InPlaceOutputs<T> to{s.output[g] + y * out.stride_h + x * out.stride_w, out.stride_w, s.bias[g]};
       if (u1 <= u0) {
-        for (int j = 0; j < X; ++j) store(to.at + j * to.step, to.initial);
+        for (int j = 0; j < X; ++j) store_whole(to.at + j * to.step, put_together(to.initial, T()));
         continue;
       }
       const TensorRows<T> pixels{s.input[g] + first_row + (x - V / 2) * in.stride_w, in.stride_h * p.dil_h,
                                  in.stride_w};
       if (request_in) request_pixels<0>(s.input[g] + next * in.stride_h + x * in.stride_w, in.stride_w, X);
       if (request_out) request_pixels<1>(to.at + out.stride_h, out.stride_w, X);
-      in_place_block<T, X, V>(to, pixels, {s.kernel[g] + u0 * V * L, V * L}, u1 - u0, left, right);
+      in_place_block<T, X, V>(to, pixels, {s.kernel[g] + u0 * V * L, V * L, p.kernel_h * V * L}, u1 - u0,
+                              left, right);
     }
   }
 }
@@ -100,7 +158,7 @@ void in_place_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t bloc
   switch (block) {
 #if LKCONV_VECTOR_REGISTERS >= 32
     case 14:
-      return in_place_row<T, 14>(p, s, y);
+      if constexpr (kFloatParts<T> == 1) return in_place_row<T, 14>(p, s, y);
 #endif
     case 8:
       return in_place_row<T, 8>(p, s, y);
@@ -111,14 +169,26 @@ void in_place_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t bloc
   }
 }
 
+// The kernel and the bias of the channels [c, c + kElements), taken apart.
+template <class T>
+void load_parts(const ForwardProblem& p, int64_t c, float* kernel, Vec<float>* bias) {
+  constexpr int L = kLanes<float>, P = kFloatParts<T>;
+  for (int q = 0; q < P; ++q) {
+    const auto channel = [=](int64_t lane) { return c + lane * P + q; };
+    load_kernel(kernel + q * p.kernel_h * p.kernel_w * L, make_lanes<float>(p.weight, 0, 0, L, channel),
+                p.kernel_h, p.kernel_w);
+    for (int lane = 0; lane < L; ++lane)
+      bias[q][lane] = p.bias.data ? as_float(*element<T>(p.bias, 0, channel(lane), 0)) : 0.0f;
+  }
+}
+
 // Task = (span of channel groups, image, tile of rows), as in direct.h.
 template <class T>
 void forward_in_place(const ForwardProblem& p, const Plan& plan, int64_t task0, int64_t task1) {
-  constexpr int L = kLanes<T>;
+  constexpr int64_t L = kElements<T>;
   const int64_t tiles = ceil_div(p.out_height, plan.tile_h), groups = channel_groups(p.channels, plan);
   const int64_t taps = p.kernel_h * p.kernel_w * L;
-  T* kernels = thread_scratch<T>(taps * plan.span);
-  const auto same = [](int64_t c) { return c; };
+  float* kernels = thread_scratch<float>(taps * plan.span);
   InPlaceSpan<T> s;
   s.request = requests_rows(p, p.input.dtype);
   int64_t loaded = -1;
@@ -127,13 +197,10 @@ void forward_in_place(const ForwardProblem& p, const Plan& plan, int64_t task0, 
     s.count = std::min(plan.span, groups - g0);
     for (int64_t g = 0; g < s.count; ++g) {
       const int64_t c = std::min((g0 + g) * L, p.channels - L);
-      s.input[g] = static_cast<const T*>(p.input.data) + n * p.input.stride_n + c;
-      s.output[g] = static_cast<T*>(p.output.data) + n * p.output.stride_n + c;
+      s.input[g] = element<const T>(p.input, n, c, 0);
+      s.output[g] = element<T>(p.output, n, c, 0);
       s.kernel[g] = kernels + g * taps;
-      s.bias[g] = load_bias<T>(p.bias, c, p.channels);
-      if (g0 != loaded)
-        load_kernel(kernels + g * taps, make_lanes<T>(p.weight, 0, c, p.channels, same), p.kernel_h,
-                    p.kernel_w);
+      if (g0 != loaded) load_parts<T>(p, c, kernels + g * taps, s.bias[g]);
     }
     loaded = g0;
     const int64_t y0 = task % tiles * plan.tile_h, y1 = std::min(y0 + plan.tile_h, p.out_height);

@@ -2,12 +2,12 @@
 #pragma once
 
 #include "simd.h"
+#include "element_vectors.h"
 #include "lanes_io.h"
 #include "direct.h"
 #include "direct_weight.h"
 #include "planar.h"
-#include "planar_in_place.h"
-#include "planar_strided.h"
+#include "planar_in_place_task.h"
 #include "fft.h"
 #include "fft_conv.h"
 #include "merge.h"

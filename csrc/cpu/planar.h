@@ -4,6 +4,7 @@
 #pragma once
 
 #include "planar_plan.h"
+#include "element_vectors.h"
 
 namespace lkconv::cpu::LKCONV_ISA {
 
@@ -238,11 +239,6 @@ LKCONV_INLINE void with_type(DType t, Body body) {
     body(static_cast<bf16*>(nullptr));
   else
     body(static_cast<f16*>(nullptr));
-}
-
-template <class S>
-LKCONV_INLINE S* element(const TensorView& t, int64_t n, int64_t c, int64_t y) {
-  return static_cast<S*>(t.data) + n * t.stride_n + c * t.stride_c + y * t.stride_h;
 }
 
 // ---- one plane --------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ constexpr double kPixelProduct = 1.09;
 constexpr double kPixelLoad = 1.9;  // in place most loads cross a cache line, which hide behind products
 constexpr double kPixelBlock = 40;
 constexpr double kPixelPlane = 30;
+constexpr double kSplit = 2;   // taking a vector of bfloat16 apart ...
+constexpr double kRound = 14;  // ... and putting one together
 
 // Share of the kernel's rows that blocks of output rows meet inside the image.
 double rows_inside(const Geometry& g, int64_t block_rows) {
@@ -32,11 +34,17 @@ double rows_inside(const Geometry& g, int64_t block_rows) {
   return inside / double(std::max<int64_t>(1, g.kernel_h * ceil_div(g.out_height, block_rows)));
 }
 
-// Whether a block's pixels can be read in place: there are masked loads, and each of its vectors has outputs.
-bool in_place(const Geometry& g, int64_t reduce, const PlanarBlock& b, DType dtype, const Machine& m) {
-  if (m.isa < Isa::avx512 || dtype != DType::f32) return false;
+// Whether pixels can be read in place by blocks of this kind: there are masked loads, and each of a block's
+// vectors has outputs. Sums in two parts are never rounded half-way: all of a kernel's rows are summed at
+// once.
+bool in_place(const Geometry& g, int64_t reduce, int64_t block, DType dtype, const Machine& m) {
+  if (m.isa < Isa::avx512 || (dtype != DType::f32 && dtype != DType::bf16)) return false;
+  const PlanarBlock& b = kPlanarBlocks[block];
   if (planar_strided(g, reduce)) return b.rows == 7 && b.vectors == 1;
-  return g.phases == 1 && g.stride_h == 1 && g.stride_w == 1 && g.out_width > (b.vectors - 1) * m.lanes_f32;
+  if (g.phases != 1 || g.stride_h != 1 || g.stride_w != 1) return false;
+  if (dtype == DType::bf16 && (reduce != 1 || g.kernel_h > kMaxRowsAtOnce || block >= kPlanarBlocksOfParts))
+    return false;
+  return g.out_width > (b.vectors - 1) * m.lanes_f32;
 }
 
 struct Count {
@@ -126,6 +134,36 @@ PlanarSizes sizes_of_one(const Geometry& g, int64_t reduce, const Plan& plan) {
   return s;
 }
 
+// Both fill in a plan for its block, with the cost of one plane.
+Count cost_of_window(const Geometry& g, int64_t reduce, const Machine& m, Plan& p) {
+  const PlanarBlock& block = kPlanarBlocks[p.block];
+  p.lanes = m.lanes_f32;
+  p.tile_h = 1;
+  p.tile_h = tile_rows(g, block, sizes_of_one(g, reduce, p).row * int64_t(sizeof(float)));
+  const Count c = count_plane(g, block, p.tile_h, m.lanes_f32);
+  const double once =
+      c.products + kLoad * c.loads + kBlock * c.blocks + kKernelTap * double(g.kernel_h * g.kernel_w);
+  p.cycles = double(reduce) * once + kPlane;
+  return c;
+}
+
+Count cost_in_place(const Geometry& g, int64_t reduce, DType dtype, const Machine& m, Plan& p) {
+  const PlanarBlock& block = kPlanarBlocks[p.block];
+  const bool strided = planar_strided(g, reduce), halves = dtype == DType::bf16;
+  const double parts = halves && !strided ? 2 : 1;
+  p.lanes = int64_t(parts) * m.lanes_f32;
+  p.tile_h = g.out_height;
+  const Count c = strided ? count_strided(g, block, m.lanes_f32) : count_in_place(g, block, p.lanes);
+  const bool pairs = planar_pairs(g, reduce, p);
+  const double planes = pairs ? 0.5 : 1;  // vectors of a pair serve two
+  double work = std::max(kPixelProduct * parts * c.products * planes, kPixelLoad * c.loads);
+  if (halves) work += planes * (kSplit * c.loads + kRound * c.blocks * double(block.rows));
+  const double once =
+      work + planes * kPixelBlock * c.blocks + (pairs ? 0.7 * double(g.kernel_h * g.kernel_w) : 0);
+  p.cycles = double(reduce) * once + kPixelPlane;
+  return c;
+}
+
 }  // namespace
 
 PlanarSizes planar_sizes(const PlanarProblem& p, const Plan& plan) {
@@ -171,14 +209,14 @@ PixelSizes pixel_sizes(const Geometry& g, const Plan& plan) {
   if (planar_strided(g, 1)) {
     const int64_t columns = g.kernel_w + 1;  // a pair, or the phase of more taps
     s.columns = g.phases_w * bytes(columns, sizeof(int64_t));
-    s.masks = g.phases_w * bytes(blocks * columns, sizeof(uint16_t));
+    s.masks = g.phases_w * bytes(blocks * columns, sizeof(uint32_t));
     s.bytes = s.columns + s.masks;
     return s;
   }
   s.columns = bytes(g.kernel_w, sizeof(int64_t));
   s.ranges = bytes(blocks, 2 * sizeof(int64_t));
   s.rows = bytes(ceil_div(g.out_height, block.rows) + planar_row_step(g), 4 * sizeof(int64_t));
-  s.masks = bytes(blocks * g.kernel_w * block.vectors, sizeof(uint16_t));
+  s.masks = bytes(blocks * g.kernel_w * block.vectors, sizeof(uint32_t));
   s.bytes = s.columns + s.ranges + s.rows + s.masks;
   return s;
 }
@@ -196,23 +234,10 @@ const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtyp
   for (int64_t i = 0; i < planar_blocks(m.many_registers); ++i) {
     Plan p = plan;
     p.block = i;
-    p.in_place = in_place(g, reduce, kPlanarBlocks[i], dtype, m);
+    p.in_place = in_place(g, reduce, i, dtype, m);
     if (!p.in_place && plan.in_place) continue;
-    p.tile_h = p.in_place ? g.out_height : 1;
-    if (!p.in_place)
-      p.tile_h = tile_rows(g, kPlanarBlocks[i], sizes_of_one(g, reduce, p).row * int64_t(sizeof(float)));
-    const PlanarBlock& block = kPlanarBlocks[i];
-    const Count c = !p.in_place       ? count_plane(g, block, p.tile_h, m.lanes_f32)
-                    : g.stride_w == 2 ? count_strided(g, block, m.lanes_f32)
-                                      : count_in_place(g, block, m.lanes_f32);
-    const double taps = double(g.kernel_h * g.kernel_w);
-    const bool pairs = planar_pairs(g, reduce, p);
-    const double products = pairs ? c.products / 2 : c.products;
-    const double once = p.in_place ? std::max(kPixelProduct * products, kPixelLoad * c.loads) +
-                                         (pairs ? 0.5 : 1) * kPixelBlock * c.blocks + (pairs ? 0.7 * taps : 0)
-                                   : c.products + kLoad * c.loads + kBlock * c.blocks + kKernelTap * taps;
-    p.cycles = double(reduce) * once + (p.in_place ? kPixelPlane : kPlane);
-    p.flops = 2 * double(m.lanes_f32 * g.batch * g.channels * reduce) * c.products;
+    const Count c = p.in_place ? cost_in_place(g, reduce, dtype, m, p) : cost_of_window(g, reduce, m, p);
+    p.flops = 2 * double(p.lanes * g.batch * g.channels * reduce) * c.products;
     if (p.cycles < best) best = p.cycles, plan = p;
   }
   plan.cycles *= double(g.batch * g.channels);

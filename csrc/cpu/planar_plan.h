@@ -18,6 +18,10 @@ constexpr int64_t kPlanarBlockCount = sizeof(kPlanarBlocks) / sizeof(kPlanarBloc
 // Blocks that an instruction set with so few registers can hold: a prefix of the list.
 constexpr int64_t planar_blocks(bool many_registers) { return many_registers ? kPlanarBlockCount : 1; }
 
+// ... and those that hold sums in two parts (element_vectors.h): another prefix.
+constexpr int64_t kPlanarBlocksOfParts = 2;
+constexpr int64_t kMaxRowsAtOnce = 8;  // kernel rows that one call sums, where there are 32 registers
+
 // The problems that share one read of the input: the forward pass alone, or every stride phase of
 // backward_input, row phases outermost.
 struct PlanarProblem {

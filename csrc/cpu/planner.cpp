@@ -25,6 +25,7 @@ constexpr double kAtenMargin = 1.1;
 constexpr int64_t kAtenFarBytes = 6 << 20;
 constexpr double kLeastFftProducts = 16;  // a transform's rounding errors exceed those of so short a sum
 constexpr int64_t kBatchPixels = 224;     // outputs computed between loading and storing
+constexpr double kSplitPixel = 2.5, kRoundSums = 14;  // operations on a vector of bfloat16 read in place
 
 // Cycles, fitted to timings of the layers of real models. Pairs are channels_last, contiguous.
 struct Costs {
@@ -97,22 +98,27 @@ void choose_weight_span(const Geometry& g, const Machine& m, Plan& p) {
   p.span = even_part(groups, std::clamp<int64_t>(most, 1, std::min(groups, kMaxWeightSpan)));
 }
 
-// Whether a direct plan reads its tensors where they are: in vectors of the kernels' own type. float64 is
-// left out for the size of the code.
-void choose_in_place(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m, Plan& p) {
-  if (!g.adjacent || dtype != DType::f32 || reduce != 1 || g.phases != 1 || !odd_rows(g) ||
-      g.channels < p.lanes)
-    return;
-  const int64_t vector = p.lanes * 4, taps = g.kernel_h * g.kernel_w;
+// Vectors of floats in one of a tensor's elements, where they are read in place. Sums of both parts of a
+// vector of bfloat16 need the registers.
+int64_t parts_in_place(DType dtype, const Machine& m) {
+  if (dtype == DType::f32) return 1;
+  return dtype == DType::bf16 && m.many_registers ? 2 : 0;
+}
+
+// Whether a direct plan reads its tensors where they are: in vectors of their own type. float64 is left out
+// for the size of the code.
+void choose_in_place(Pass pass, const Geometry& g, int64_t reduce, const Machine& m, int64_t parts, Plan& p) {
+  if (!g.adjacent || reduce != 1 || g.phases != 1 || !odd_rows(g) || g.channels < p.lanes) return;
+  const int64_t vector = p.lanes * int64_t(sizeof(float)), taps = g.kernel_h * g.kernel_w;
   if (pass == Pass::backward_weight) {
     p.in_place = true;
     p.tile_h = g.out_height;
-    p.scratch_bytes = p.span * (taps + 1) * vector;
+    p.scratch_bytes = p.span * taps * vector;
   } else {
     // A last group that is not full computes outputs of the one before it again: they share a task.
     const int64_t last_span = (channel_groups(g.channels, p) - 1) % p.span + 1;
     if (g.channels % p.lanes && last_span == 1) return;
-    p.block = in_place_block(g.out_width, g.kernel_w / 2, m.many_registers);
+    p.block = in_place_block(g.out_width, g.kernel_w / 2, m.many_registers && parts == 1);
     p.in_place = p.block > 0;
     if (!p.in_place) return;
     p.batch_rows = 1;
@@ -121,12 +127,13 @@ void choose_in_place(Pass pass, const Geometry& g, int64_t reduce, DType dtype, 
   p.tile_w = g.out_width;
 }
 
-Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
+// A plan whose groups hold `parts` vectors of floats, or none whose tensors are read in place.
+Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m, int64_t parts) {
   Plan p;
   p.algorithm = Algorithm::direct;
   p.isa = m.isa;
   const bool wide = dtype == DType::f64;
-  p.lanes = wide ? m.lanes_f64 : m.lanes_f32;
+  p.lanes = wide ? m.lanes_f64 : m.lanes_f32 * std::max<int64_t>(1, parts);
   const int64_t vector = p.lanes * (wide ? 8 : 4);
   p.tile_w = even_part(g.out_width, kMaxTileWidth);
   const int64_t row =
@@ -148,7 +155,7 @@ Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, cons
     choose_span(g, m, per_group, p);
     p.scratch_bytes = per_group * p.span + halo * int64_t(sizeof(void*) + 8);
   }
-  choose_in_place(pass, g, reduce, dtype, m, p);
+  if (parts) choose_in_place(pass, g, reduce, m, parts, p);
   // Columns of the zero halo cost as much as the image's, but where the band matrix is full.
   const bool dense = pass != Pass::backward_weight && g.stride_w == 1 && g.dil_w == 1 &&
                      g.pad_w >= g.out_width - 1 && g.width - 1 + g.pad_w < g.kernel_w;
@@ -170,7 +177,20 @@ Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, cons
   const double move = p.in_place ? c.in_place_move : (g.phases > 1 ? c.phase_move : c.move)[!g.adjacent];
   p.cycles = vectors * (unit ? c.tap : c.strided_tap) + move * pixels + double(groups * taps) * c.kernel_tap;
   if (pass == Pass::backward_weight) p.cycles += 0.1 * vectors;
+  if (p.in_place && parts == 2) {
+    // Both parts' products; taking pixels apart for each kernel row, and putting sums together.
+    const double outputs = double(g.out_height * g.out_width * groups * g.batch);
+    const double round = pass == Pass::backward_weight ? 0 : kRoundSums;
+    p.cycles += c.tap * (vectors + outputs * (kSplitPixel * double(g.kernel_h) + round));
+  }
   return p;
+}
+
+Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
+  const int64_t parts = parts_in_place(dtype, m);
+  if (parts == 2)
+    if (const Plan p = direct_plan(pass, g, reduce, dtype, m, parts); p.in_place) return p;
+  return direct_plan(pass, g, reduce, dtype, m, parts == 1);
 }
 
 struct AxisChoice {

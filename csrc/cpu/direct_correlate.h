@@ -1,0 +1,181 @@
+// Correlations of rows of grad_output with rows of the input, U kernel rows by V taps at a time: the sums of
+// backward_weight in registers.
+#pragma once
+
+namespace lkconv::cpu::LKCONV_ISA {
+
+// How far pixels of grad_output and of the input are apart: in scratch ...
+template <class T>
+struct ScratchSteps {
+  static constexpr int64_t grad() { return kLanes<T>; }
+  static constexpr int64_t in() { return kLanes<T>; }
+};
+// ... and in tensors that are read where they are.
+struct TensorSteps {
+  int64_t grad_step, in_step;
+  LKCONV_INLINE int64_t grad() const { return grad_step; }
+  LKCONV_INLINE int64_t in() const { return in_step; }
+};
+
+// `Pixels` is a pointer to vectors of T, or to parts of vectors of another type (element_vectors.h).
+// a[u][v] += sum over x < B of grad[x] * in[u][x + v]. The first kLeft and the last kRight of the B + V - 1
+// pixels of a row are zeros, which are left out.
+template <class T, int B, int kLeft, int kRight, int U, int V, class Pixels, class Steps>
+LKCONV_INLINE void correlate_block(Vec<T> (&a)[U][V], Pixels grad, Pixels in, int64_t in_row,
+                                   const Steps& steps) {
+  Vec<T> d[B];
+#pragma GCC unroll 8
+  for (int i = 0; i < B; ++i, grad += steps.grad()) d[i] = load(grad);
+#pragma GCC unroll 4
+  for (int u = 0; u < U; ++u, in += in_row) {
+    Pixels at = in + kLeft * steps.in();
+#pragma GCC unroll 16
+    for (int j = kLeft; j < B + V - 1 - kRight; ++j, at += steps.in()) {
+      Vec<T> p = load(at);
+      if (V > 1) keep(p);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v)
+        if (j - v >= 0 && j - v < B) a[u][v] += d[j - v] * p;
+    }
+  }
+}
+
+// One value of x, of whose taps those outside [v0, v1) meet zeros.
+template <class T, int U, int V, class Pixels, class Steps>
+LKCONV_INLINE void correlate_pixel(Vec<T> (&a)[U][V], Pixels grad, Pixels in, int64_t in_row, int64_t v0,
+                                   int64_t v1, const Steps& steps) {
+  const Vec<T> d = load(grad);
+#pragma GCC unroll 4
+  for (int u = 0; u < U; ++u, in += in_row)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v)
+      if (v >= v0 && v < v1) a[u][v] += d * load(in + v * steps.in());
+}
+
+// acc[u][v] += sum over x < n of grad[x] * in[u][x + v], B values of x at a time. With kHalo the row of grad
+// is as wide as the image, and V / 2 pixels at either end of `in` are halo, which is not read.
+template <class T, int U, int V, int B, bool kHalo, class Pixels, class Steps>
+LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, Pixels grad, Pixels in, int64_t in_row, int64_t n,
+                                  const Steps& steps) {
+  constexpr int L = kLanes<T>, P = kHalo ? V / 2 : 0;
+  const int64_t dg = steps.grad(), di = steps.in();
+  Vec<T> a[U][V] = {};
+  int64_t x = 0;
+  if (kHalo && n == B) {
+    correlate_block<T, B, P, P>(a, grad, in, in_row, steps);
+    x = B;
+  } else if (kHalo && n >= B + P) {
+    correlate_block<T, B, P, 0>(a, grad, in, in_row, steps);
+    x = B;
+  }
+  for (; kHalo && x < P && x < n; ++x)
+    correlate_pixel<T>(a, grad + x * dg, in + x * di, in_row, P - x, n + P - x, steps);
+  for (; x + B + P <= n; x += B) correlate_block<T, B, 0, 0>(a, grad + x * dg, in + x * di, in_row, steps);
+  if (kHalo && x > 0 && x + B == n) {
+    correlate_block<T, B, 0, P>(a, grad + x * dg, in + x * di, in_row, steps);
+    x = n;
+  }
+  for (; B > 4 && x + 4 + P <= n; x += 4)
+    correlate_block<T, 4, 0, 0>(a, grad + x * dg, in + x * di, in_row, steps);
+  for (; x < n; ++x)
+    correlate_pixel<T>(a, grad + x * dg, in + x * di, in_row, 0, kHalo ? n + P - x : V, steps);
+#pragma GCC unroll 4
+  for (int u = 0; u < U; ++u)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) store(acc + u * acc_row + v * L, load(acc + u * acc_row + v * L) + a[u][v]);
+}
+
+// Values of x at a time: as many as registers hold, and such that they divide the rows of most networks.
+template <class T, int U, int V, bool kHalo, class Pixels, class Steps>
+LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, Pixels grad, Pixels in, int64_t in_row, int64_t n,
+                                  const Steps& steps) {
+  if constexpr (kRegisters < 32)
+    correlate_unit<T, U, V, 4, kHalo>(acc, acc_row, grad, in, in_row, n, steps);
+  else if (n % 7 == 0)
+    correlate_unit<T, U, V, 7, kHalo>(acc, acc_row, grad, in, in_row, n, steps);
+  else
+    correlate_unit<T, U, V, 8, kHalo>(acc, acc_row, grad, in, in_row, n, steps);
+}
+
+// The same for any stride and dilation.
+template <class T, int U, int V>
+LKCONV_INLINE void correlate_strided(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_row,
+                                     int64_t n, int64_t stride, int64_t dil) {
+  constexpr int L = kLanes<T>;
+  Vec<T> a[U][V] = {};
+  for (int64_t x = 0; x < n; ++x, in += stride * L) {
+    const Vec<T> d = load(grad + x * L);
+    const T* row = in;
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u, row += in_row)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) a[u][v] += d * load(row + v * dil * L);
+  }
+#pragma GCC unroll 4
+  for (int u = 0; u < U; ++u)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) store(acc + u * acc_row + v * L, load(acc + u * acc_row + v * L) + a[u][v]);
+}
+
+// Kernel rows handled together: enough independent sums to hide the latency of a multiply-add.
+constexpr int rows_together(int taps) { return taps <= 3 ? 3 : taps <= (kRegisters >= 32 ? 7 : 5) ? 2 : 1; }
+
+// How a row of grad_output meets rows of the input.
+struct RowMatch {
+  int64_t n, stride, dil;
+  bool halo;  // known_halo of problem.h
+};
+
+template <class T, int U, int V>
+LKCONV_INLINE void correlate_some(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_row,
+                                  const RowMatch& m) {
+  constexpr bool kOdd = V == 3 || V == 5 || V == 7;
+  if (m.stride != 1 || m.dil != 1)
+    correlate_strided<T, U, V>(acc, acc_row, grad, in, in_row, m.n, m.stride, m.dil);
+  else if (kOdd && m.halo)
+    correlate_unit<T, U, V, kOdd>(acc, acc_row, grad, in, in_row, m.n, ScratchSteps<T>());
+  else
+    correlate_unit<T, U, V, false>(acc, acc_row, grad, in, in_row, m.n, ScratchSteps<T>());
+}
+
+template <class T, int V>
+void correlate_rows(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_row, int64_t rows,
+                    const RowMatch& m) {
+  constexpr int U = rows_together(V);
+  int64_t u = 0;
+  for (; u + U <= rows; u += U)
+    correlate_some<T, U, V>(acc + u * acc_row, acc_row, grad, in + u * in_row, in_row, m);
+  for (; u < rows; ++u) correlate_some<T, 1, V>(acc + u * acc_row, acc_row, grad, in + u * in_row, in_row, m);
+}
+
+// All taps of kernel rows [0, rows) against one row of grad_output.
+template <class T>
+void correlate(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_row, int64_t rows,
+               int64_t taps, const RowMatch& m) {
+  constexpr int L = kLanes<T>;
+  while (taps > 0) {
+    const int64_t part = taps_together(taps);
+    switch (part) {
+#define LKCONV_CASE(V)                                             \
+  case V:                                                          \
+    correlate_rows<T, V>(acc, acc_row, grad, in, in_row, rows, m); \
+    break;
+      LKCONV_CASE(1)
+      LKCONV_CASE(2)
+      LKCONV_CASE(3)
+      LKCONV_CASE(4)
+      LKCONV_CASE(5)
+      LKCONV_CASE(6)
+      LKCONV_CASE(7)
+#if LKCONV_VECTOR_REGISTERS >= 32
+      LKCONV_CASE(8)
+#endif
+#undef LKCONV_CASE
+    }
+    taps -= part;
+    acc += part * L;
+    in += part * m.dil * L;
+  }
+}
+
+}  // namespace lkconv::cpu::LKCONV_ISA

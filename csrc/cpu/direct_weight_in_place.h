@@ -1,0 +1,153 @@
+// Direct backward_weight of channels_last tensors that are read where they are: odd kernel rows of at most 7
+// taps, whose halo is not read. Sums are floats, [part][tap][lane] for every group of kElements channels; a
+// vector of bfloat16 is read once for each of its parts (element_vectors.h). The last group of a tensor moves
+// left to be whole, and what it computes twice is left out when the gradient is written.
+#pragma once
+
+namespace lkconv::cpu::LKCONV_ISA {
+
+// One part of vectors of T, as a pointer.
+template <class T, int kPart>
+struct PartPointer {
+  const T* at;
+  LKCONV_INLINE void operator+=(int64_t elements) { at += elements; }
+  LKCONV_INLINE PartPointer operator+(int64_t elements) const { return {at + elements}; }
+};
+template <int kPart>
+LKCONV_INLINE Vec<float> load(PartPointer<bf16, kPart> p) {
+  const VU32 bits = load_whole(p.at);
+  return (Vec<float>)(kPart ? bits & kUpperHalf : bits << 16);
+}
+template <int kPart>
+LKCONV_INLINE const float* part_pointer(const float* at) {
+  return at;
+}
+template <int kPart>
+LKCONV_INLINE PartPointer<bf16, kPart> part_pointer(const bf16* at) {
+  return {at};
+}
+
+template <class T>
+LKCONV_INLINE void add_vectors(T* sum, const T* more, int64_t vectors) {
+  for (int64_t i = 0; i < vectors * kLanes<T>; i += kLanes<T>) store(sum + i, load(sum + i) + load(more + i));
+}
+
+// Rows of grad_output and of the input that meet.
+template <class Pixels>
+struct RowPair {
+  Pixels grad, in;
+  int64_t in_row, rows, n;  // kernel rows, and outputs of the row
+  TensorSteps steps;
+};
+
+template <int V, class Pixels>
+void correlate_rows_in_place(float* acc, const RowPair<Pixels>& r) {
+  constexpr int U = rows_together(V), L = kLanes<float>;
+  constexpr bool kHalo = V > 1;
+  int64_t u = 0;
+  for (; u + U <= r.rows; u += U)
+    correlate_unit<float, U, V, kHalo>(acc + u * V * L, V * L, r.grad, r.in + u * r.in_row, r.in_row, r.n,
+                                       r.steps);
+  for (; u < r.rows; ++u)
+    correlate_unit<float, 1, V, kHalo>(acc + u * V * L, V * L, r.grad, r.in + u * r.in_row, r.in_row, r.n,
+                                       r.steps);
+}
+
+template <class Pixels>
+void correlate_in_place(float* acc, int64_t taps, const RowPair<Pixels>& r) {
+  switch (taps) {
+    case 1:
+      return correlate_rows_in_place<1>(acc, r);
+    case 3:
+      return correlate_rows_in_place<3>(acc, r);
+    case 5:
+      return correlate_rows_in_place<5>(acc, r);
+    default:
+      return correlate_rows_in_place<7>(acc, r);
+  }
+}
+
+// The sums of one image for `count` groups from channel c0 on.
+template <class T>
+void correlate_image_in_place(const WeightProblem& p, float* sums, int64_t count, int64_t n, int64_t c0) {
+  constexpr int64_t L = kElements<T>;
+  const TensorView &in = p.input, &grad = p.grad_output;
+  const TensorSteps steps{grad.stride_w, in.stride_w};
+  const bool request = requests_rows(p, in.dtype);
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  zero(sums, count * taps * kFloatParts<T>);
+  for (int64_t y = 0; y < p.out_height; ++y) {
+    const int64_t top = y * p.stride_h - p.pad_h;
+    int64_t u0, u1;
+    clip_taps(top, top, p.height, p.kernel_h, p.dil_h, u0, u1);
+    const int64_t next = top + (p.kernel_h - 1) * p.dil_h + p.stride_h;
+    for (int64_t g = 0; g < count && u0 < u1; ++g) {
+      const int64_t c = std::min(c0 + g * L, p.channels - L);
+      const T* grads = element<T>(grad, n, c, y);
+      const T* image = element<T>(in, n, c, 0);
+      if (request && next >= 0 && next < p.height)
+        request_pixels<0>(image + next * in.stride_h, in.stride_w, p.width);
+      if (request && y + 1 < p.out_height)
+        request_pixels<0>(grads + grad.stride_h, grad.stride_w, p.out_width);
+      const T* rows = image + (top + u0 * p.dil_h) * in.stride_h - p.pad_w * in.stride_w;
+      float* acc = sums + g * taps * L + u0 * p.kernel_w * kLanes<float>;
+      const auto add = [&](auto grad, auto in_rows, float* to) {
+        correlate_in_place<decltype(grad)>(
+            to, p.kernel_w, {grad, in_rows, in.stride_h * p.dil_h, u1 - u0, p.out_width, steps});
+      };
+      add(part_pointer<0>(grads), part_pointer<0>(rows), acc);
+      if constexpr (kFloatParts<T> == 2)
+        add(part_pointer<1>(grads), part_pointer<1>(rows), acc + taps * kLanes<float>);
+    }
+  }
+}
+
+// Task = (span of channel groups, split of the batch), as in weight_direct.
+template <class T>
+void weight_in_place_of(const WeightProblem& p, const Plan& plan, float* partial, int64_t task0,
+                        int64_t task1) {
+  constexpr int64_t L = kElements<T>;
+  const int64_t taps = p.kernel_h * p.kernel_w, groups = channel_groups(p.channels, plan);
+  float* image = thread_scratch<float>(taps * L * plan.span);
+  for (int64_t task = task0; task < task1; ++task) {
+    const int64_t g0 = task / plan.splits * plan.span, split = task % plan.splits;
+    const int64_t count = std::min(plan.span, groups - g0), vectors = taps * kFloatParts<T> * count;
+    float* total = partial + (split * groups + g0) * taps * L;
+    zero(total, vectors);
+    const int64_t n0 = p.batch * split / plan.splits, n1 = p.batch * (split + 1) / plan.splits;
+    for (int64_t n = n0; n < n1; ++n) {
+      correlate_image_in_place<T>(p, image, count, n, g0 * L);
+      add_vectors(total, image, vectors);
+    }
+  }
+}
+
+// Writes the gradient of group g from its sums.
+template <class T>
+void store_sums_in_place_of(const WeightProblem& p, const float* sums, int64_t g) {
+  constexpr int64_t L = kElements<T>, P = kFloatParts<T>;
+  const int64_t taps = p.kernel_h * p.kernel_w, c0 = std::min(g * L, p.channels - L);
+  for (int64_t c = g * L; c < c0 + L; ++c) {
+    const int64_t part = (c - c0) % P, lane = (c - c0) / P;
+    const float* from = sums + part * taps * kLanes<float> + lane;
+    for (int64_t u = 0; u < p.kernel_h; ++u) {
+      T* to = element<T>(p.grad_weight, 0, c, u);
+      for (int64_t v = 0; v < p.kernel_w; ++v, from += kLanes<float>)
+        scalar_store(to + v * p.grad_weight.stride_w, *from);
+    }
+  }
+}
+
+inline void weight_in_place(const WeightProblem& p, const Plan& plan, float* partial, int64_t task0,
+                            int64_t task1) {
+#if LKCONV_VECTOR_REGISTERS >= 32
+  if (p.input.dtype == DType::bf16) return weight_in_place_of<bf16>(p, plan, partial, task0, task1);
+#endif
+  weight_in_place_of<float>(p, plan, partial, task0, task1);
+}
+inline void store_sums_in_place(const WeightProblem& p, const float* sums, int64_t g) {
+  p.input.dtype == DType::bf16 ? store_sums_in_place_of<bf16>(p, sums, g)
+                               : store_sums_in_place_of<float>(p, sums, g);
+}
+
+}  // namespace lkconv::cpu::LKCONV_ISA

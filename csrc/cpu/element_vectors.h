@@ -1,0 +1,83 @@
+// Vectors of a tensor's own elements that are summed without a copy in scratch. A vector of bfloat16 holds
+// two vectors of floats, its even and its odd elements, which a shift and a mask take apart: cheaper than
+// widening neighbouring elements, and sums are put together again the same way.
+#pragma once
+
+namespace lkconv::cpu::LKCONV_ISA {
+
+template <class S>
+LKCONV_INLINE S* element(const TensorView& t, int64_t n, int64_t c, int64_t y) {
+  return static_cast<S*>(t.data) + n * t.stride_n + c * t.stride_c + y * t.stride_h;
+}
+
+template <class T>
+constexpr int kFloatParts = int(sizeof(float) / sizeof(T));  // vectors of floats in one of elements
+template <class T>
+constexpr int kElements = kFloatParts<T> * kLanes<float>;
+
+constexpr uint32_t kUpperHalf = 0xffff0000u;
+
+LKCONV_INLINE void take_apart(Vec<float> (&part)[1], VU32 bits) { part[0] = (Vec<float>)bits; }
+LKCONV_INLINE void take_apart(Vec<float> (&part)[2], VU32 bits) {
+  part[0] = (Vec<float>)(bits << 16);
+  part[1] = (Vec<float>)(bits & kUpperHalf);
+}
+
+// The bfloat16 nearest to v, ties to even, in the upper half of each element, whose lower half is of no
+// meaning. A NaN keeps its sign and becomes quiet instead of rounding to infinity.
+LKCONV_INLINE VU32 round_upper_half(Vec<float> v) {
+  const VU32 b = (VU32)v, rounded = b + 0x7fffu + ((b >> 16) & 1u), quiet = b | 0x400000u;
+#if LKCONV_AVX512
+  const __mmask16 unordered = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  return (VU32)_mm512_mask_mov_epi32((__m512i)rounded, unordered, (__m512i)quiet);
+#else
+  return (v != v) ? quiet : rounded;
+#endif
+}
+LKCONV_INLINE VU32 put_together(const Vec<float>* part, float) { return (VU32)part[0]; }
+LKCONV_INLINE VU32 put_together(const Vec<float>* part, bf16) {
+  return (round_upper_half(part[0]) >> 16) | (round_upper_half(part[1]) & kUpperHalf);
+}
+
+LKCONV_INLINE VU32 load_whole(const float* from) { return (VU32)load(from); }
+LKCONV_INLINE VU32 load_whole(const bf16* from) {
+  typedef uint32_t Bits __attribute__((vector_size(LKCONV_VECTOR_BYTES), aligned(2), may_alias));
+  return *reinterpret_cast<const Bits*>(from);
+}
+LKCONV_INLINE void store_whole(float* to, VU32 bits) { store(to, (Vec<float>)bits); }
+LKCONV_INLINE void store_whole(bf16* to, VU32 bits) {
+  typedef uint32_t Bits __attribute__((vector_size(LKCONV_VECTOR_BYTES), aligned(2), may_alias));
+  *reinterpret_cast<Bits*>(to) = bits;
+}
+
+LKCONV_INLINE float as_float(float value) { return value; }
+LKCONV_INLINE float as_float(bf16 value) { return bfloat_to_float(value.bits); }
+
+#if LKCONV_AVX512
+
+// A bit for each element of a vector. What is masked is not touched.
+using ElementMask = uint32_t;
+LKCONV_INLINE ElementMask first_elements(int64_t n) { return ElementMask((uint64_t(1) << n) - 1); }
+
+LKCONV_INLINE VU32 load_bits(const float* from, ElementMask mask) {
+  return (VU32)_mm512_maskz_loadu_ps(__mmask16(mask), from);
+}
+LKCONV_INLINE VU32 load_bits(const bf16* from, ElementMask mask) {
+  return (VU32)_mm512_maskz_loadu_epi16(__mmask32(mask), from);
+}
+LKCONV_INLINE VU32 load_bits(VU32 others, const float* from, ElementMask mask) {
+  return (VU32)_mm512_mask_loadu_ps((__m512)others, __mmask16(mask), from);
+}
+LKCONV_INLINE VU32 load_bits(VU32 others, const bf16* from, ElementMask mask) {
+  return (VU32)_mm512_mask_loadu_epi16((__m512i)others, __mmask32(mask), from);
+}
+LKCONV_INLINE void store_bits(float* to, VU32 bits, ElementMask mask) {
+  _mm512_mask_storeu_ps(to, __mmask16(mask), (__m512)bits);
+}
+LKCONV_INLINE void store_bits(bf16* to, VU32 bits, ElementMask mask) {
+  _mm512_mask_storeu_epi16(to, __mmask32(mask), (__m512i)bits);
+}
+
+#endif
+
+}  // namespace lkconv::cpu::LKCONV_ISA
