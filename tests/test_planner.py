@@ -178,7 +178,11 @@ def test_contiguous_rows_are_read_in_place():
     assert plan(side=3)["in_place"] and plan(side=200)["in_place"] and plan(multiplier=2)["in_place"]
     for isa in ("baseline", "avx2"):
         assert not plan(isa=isa)["in_place"], "it has no masked loads"
-    assert not plan(dtype="bfloat16")["in_place"]
+    assert plan(dtype="bfloat16")["in_place"] and plan(dtype="bfloat16")["lanes"] == 2 * plan()["lanes"]
+    for options in ({"kernel": (9, 3), "padding": (4, 1)}, {"multiplier": 2, "pass_name": "backward_input"}):
+        assert plan(**options)["in_place"], "float32"
+        assert not plan(**options, dtype="bfloat16")["in_place"], "its sums would be rounded half-way"
+    assert not plan(dtype="float16")["in_place"]
     far = {"dilation": (900, 1), "padding": (2700, 3)}
     assert plan((7, 7), side=9000, **far)["possible"], "it needs no window"
     assert plan()["scratch_bytes"] < 4096
@@ -229,14 +233,31 @@ def test_odd_rows_of_channels_last_tensors_are_read_in_place(pass_name):
     for kernel in ((3, 3), (5, 5), (7, 7), (51, 5), (9, 1)):
         assert plan(kernel)["in_place"]
         assert not plan(kernel, channels_last=False)["in_place"]
-        assert not plan(kernel, dtype="bfloat16")["in_place"], "pixels are not vectors of the kernels' type"
-        assert not plan(kernel, dtype="float64")["in_place"]
-        assert plan(kernel)["scratch_bytes"] < plan(kernel, dtype="bfloat16")["scratch_bytes"]
+        for dtype in ("float64", "float16"):
+            assert not plan(kernel, dtype=dtype)["in_place"]
+        assert plan(kernel)["scratch_bytes"] < plan(kernel, dtype="float16")["scratch_bytes"]
+        assert plan(kernel, dtype="bfloat16")["in_place"] == (ISAS[-1] in ("avx512", "amx"))
     assert not plan((9, 9))["in_place"] and not plan((4, 4), padding=(2, 2))["in_place"]
     assert not plan((3, 3), padding=(1, 0))["in_place"], "its rows are not as wide as the image's"
     assert not plan((3, 3), stride=(2, 2))["in_place"] and not plan((3, 3), dilation=(1, 2))["in_place"]
     assert plan((3, 3), dilation=(2, 1))["in_place"]
     assert not plan((3, 3), channels=5)["in_place"] and not plan((3, 3), multiplier=2)["in_place"]
+    assert not plan((3, 3), channels=24, dtype="bfloat16")["in_place"], "a group is 32 channels"
+
+
+def test_tasks_in_place_hold_whole_pixels():
+    """All channels together, as far as their kernels stay in a core's own cache; enough tasks remain."""
+
+    def plan(kernel, channels, batch=8, dtype="float32"):
+        shape = {"size": (batch, channels, 56, 56), "kernel": kernel, "channels_last": True, "aten": False}
+        return of("direct", candidates(**shape, dtype=dtype, isa="avx512", threads=2))
+
+    for dtype in ("float32", "bfloat16"):
+        assert plan((3, 3), 256, dtype=dtype)["scratch_bytes"] == 4 * 9 * 256
+        assert plan((7, 7), 3072, dtype=dtype)["scratch_bytes"] <= 256 << 10
+        alone = plan((3, 3), 256, batch=1, dtype=dtype)
+        spans = -(-4 * 9 * 256 // alone["scratch_bytes"])
+        assert spans * -(-56 // alone["tile"][0]) >= 8, "four tasks for each thread"
 
 
 def test_pytorch_is_not_asked_to_copy_whole_tensors():

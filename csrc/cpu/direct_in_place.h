@@ -17,7 +17,7 @@ struct TensorRows {
   LKCONV_INLINE int64_t pixel() const { return step; }
 };
 
-// Asks for `count` pixels that are needed a row of outputs later: pixels of one group are single lines, far
+// Asks for `count` pixels of the row of outputs that comes next: pixels of one group are single lines, far
 // from each other, which hardware prefetchers do not foresee.
 template <int kWrite, class T>
 LKCONV_INLINE void request_pixels(const T* at, int64_t step, int64_t count) {
@@ -38,10 +38,10 @@ template <class T>
 struct InPlaceSpan {
   int64_t count;
   bool request;
-  const T* input[kMaxSpan];
-  T* output[kMaxSpan];
-  const float* kernel[kMaxSpan];
-  Vec<float> bias[kMaxSpan][kFloatParts<T>];
+  const T* input[kMaxSpanInPlace];
+  T* output[kMaxSpanInPlace];
+  const float* kernel[kMaxSpanInPlace];
+  Vec<float> bias[kMaxSpanInPlace][kFloatParts<T>];
 };
 
 // Where a block of X outputs goes, and what its sums begin with.
@@ -117,9 +117,7 @@ void in_place_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t y) {
   int64_t u0, u1;
   clip_taps(top, top, p.height, p.kernel_h, p.dil_h, u0, u1);
   const int64_t first_row = (top + u0 * p.dil_h) * in.stride_h;
-  const int64_t next = top + (p.kernel_h - 1) * p.dil_h + p.stride_h;
-  const bool request_in = s.request && next >= 0 && next < p.height,
-             request_out = s.request && y + 1 < p.out_height;
+  const bool request = s.request && y + 1 < p.out_height;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t x = blocks > 1 ? i * (width - X) / (blocks - 1) : 0;
     const bool left = i == 0, right = i == blocks - 1;
@@ -131,8 +129,7 @@ void in_place_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t y) {
       }
       const TensorRows<T> pixels{s.input[g] + first_row + (x - V / 2) * in.stride_w, in.stride_h * p.dil_h,
                                  in.stride_w};
-      if (request_in) request_pixels<0>(s.input[g] + next * in.stride_h + x * in.stride_w, in.stride_w, X);
-      if (request_out) request_pixels<1>(to.at + out.stride_h, out.stride_w, X);
+      if (request) request_pixels<1>(to.at + out.stride_h, out.stride_w, X);
       in_place_block<T, X, V>(to, pixels, {s.kernel[g] + u0 * V * L, V * L, p.kernel_h * V * L}, u1 - u0,
                               left, right);
     }

@@ -19,6 +19,7 @@ constexpr int64_t kWindowBytes =
     384 << 10;  // of a direct tile's input window: well inside a second-level cache
 constexpr int64_t kMaxTileWidth = 128;
 constexpr int64_t kMaxWeightSpan = 4;
+constexpr int64_t kKernelBytes = 256 << 10;  // of the groups that a task reads in place together
 constexpr int64_t kMaxAtenTaps = 25;
 constexpr int64_t kMaxAtenPhaseTaps = 36;  // taps of the first phase times phases: at most 5x5 at stride 2
 constexpr double kAtenMargin = 1.1;
@@ -89,6 +90,21 @@ void choose_span(const Geometry& g, const Machine& m, int64_t bytes_per_group, P
     p.span = even_part(groups, std::max<int64_t>(1, p.span * tasks * parts / wanted));
 }
 
+// The same where tensors are read in place: whole pixels, as far as their kernels stay in a core's own cache,
+// so that memory is read and written in the order of addresses. Rows that tasks share are not copied twice.
+void choose_span_in_place(const Geometry& g, const Machine& m, int64_t bytes_of_kernel, Plan& p) {
+  const int64_t groups = channel_groups(g.channels, p);
+  p.span = even_part(groups, std::clamp<int64_t>(kKernelBytes / bytes_of_kernel, 1, kMaxSpanInPlace));
+  const int64_t wanted = m.threads > 1 ? 4 * m.threads : 1;
+  const int64_t tasks = ceil_div(groups, p.span) * g.batch;
+  if (tasks >= wanted || tasks == 0) return;
+  const int64_t parts =
+      std::clamp<int64_t>(ceil_div(wanted, tasks), 1, std::max<int64_t>(1, g.out_height / 4));
+  p.tile_h = ceil_div(g.out_height, parts);
+  if (tasks * parts < wanted)
+    p.span = even_part(groups, std::max<int64_t>(1, p.span * tasks * parts / wanted));
+}
+
 // Channel groups whose channels_last memory a task of backward_weight streams together; enough tasks remain
 // for every thread.
 void choose_weight_span(const Geometry& g, const Machine& m, Plan& p) {
@@ -115,6 +131,8 @@ void choose_in_place(Pass pass, const Geometry& g, int64_t reduce, const Machine
     p.tile_h = g.out_height;
     p.scratch_bytes = p.span * taps * vector;
   } else {
+    p.tile_h = g.out_height;
+    choose_span_in_place(g, m, taps * vector, p);
     // A last group that is not full computes outputs of the one before it again: they share a task.
     const int64_t last_span = (channel_groups(g.channels, p) - 1) % p.span + 1;
     if (g.channels % p.lanes && last_span == 1) return;
@@ -155,7 +173,11 @@ Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, cons
     choose_span(g, m, per_group, p);
     p.scratch_bytes = per_group * p.span + halo * int64_t(sizeof(void*) + 8);
   }
-  if (parts) choose_in_place(pass, g, reduce, m, parts, p);
+  if (parts) {
+    Plan in_place = p;
+    choose_in_place(pass, g, reduce, m, parts, in_place);
+    if (in_place.in_place) p = in_place;
+  }
   // Columns of the zero halo cost as much as the image's, but where the band matrix is full.
   const bool dense = pass != Pass::backward_weight && g.stride_w == 1 && g.dil_w == 1 &&
                      g.pad_w >= g.out_width - 1 && g.width - 1 + g.pad_w < g.kernel_w;

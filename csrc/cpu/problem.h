@@ -32,6 +32,7 @@ struct Plan {
 };
 
 constexpr int64_t kMaxSpan = 8;
+constexpr int64_t kMaxSpanInPlace = 64;  // of direct tasks whose tensors are read in place
 
 inline int64_t round_up(int64_t size, int64_t unit) { return ceil_div(size, unit) * unit; }
 // Even parts no larger than `limit`.

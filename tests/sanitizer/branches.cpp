@@ -97,8 +97,10 @@ Case random_case(Random& random, const Machine& m) {
   }
   for (const Kernel& k : s.kernels) {
     BranchKernel b{};
-    b.forward = forward_problem(k.c), b.backward = backward_input_phases(k.c, {}, {}, {}).at(0);
+    b.forward = forward_problem(k.c);
     b.weight = kernel_view(*k.weight), b.grad_weight = kernel_view(*k.grad_weight);
+    const ForwardProblem backward = backward_input_phases(k.c, {}, b.weight, {}).at(0);
+    b.backward = backward, b.flipped = backward.weight;
     s.branch_kernels.push_back(b);
   }
   const int64_t lanes = p.dtype == DType::f64 ? m.lanes_f64 : m.lanes_f32;
