@@ -9,6 +9,7 @@ from processes import run_pytest, run_python
 ISAS = ["baseline", "avx2", "avx512", "amx"]
 DEPTHWISE = "tests/test_cpu_depthwise_conv2d.py"
 LAYOUTS = "tests/test_cpu_layouts.py"
+IN_PLACE = "tests/test_cpu_in_place.py"
 PER_CASE = 12  # passes times dtypes
 
 
@@ -75,3 +76,10 @@ def test_algorithms_where_the_planner_would_choose_another(algorithm, isa):
     env = {"LKCONV_ALGORITHM": algorithm, "LKCONV_MAX_CPU_ISA": isa}
     passed = run_pytest(DEPTHWISE, "-k", "test_core and not backward_weight", env=env)
     assert passed == PER_CASE * len(cases.CORE) * 2 // 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("algorithm", "layout"), [("direct", "channels_last"), ("planar", "contiguous")])
+def test_kernels_in_place_where_the_planner_would_choose_another(algorithm, layout):
+    passed = run_pytest(IN_PLACE, "-k", f"test_{layout}", env={"LKCONV_ALGORITHM": algorithm})
+    assert passed >= 9 * 3 * 11

@@ -1,0 +1,66 @@
+"""Tensors that the kernels read and write where they are: whole and part groups of channels, every edge.
+
+tests/test_cpu_isa.py runs this file again with the algorithm given, which the planner might not choose.
+"""
+
+import pytest
+import torch
+
+import accuracy
+import cases
+from cases import Case, same
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+# Channels on both sides of one and two vectors, and far more than a task holds at once; widths below, at and
+# above one block; kernels higher and wider than the image.
+CHANNELS_LAST = [
+    same((2, 32, 9, 15), (3, 3)),
+    same((1, 64, 8, 31), (3, 3), bias=False),
+    same((2, 40, 7, 7), (5, 5)),
+    same((1, 100, 11, 14), (7, 7)),
+    same((1, 33, 6, 30), (7, 7), bias=False),
+    same((1, 48, 10, 8), (51, 5)),
+    same((1, 63, 4, 16), (9, 1)),
+    same((1, 35, 16, 3), (1, 7)),
+    same((1, 2100, 3, 7), (3, 3)),
+    same((2, 96, 12, 9), (3, 3), dilation=(2, 1)),
+    same((1, 47, 10, 20), (5, 3), dilation=(3, 1)),
+]
+# Rows of one pixel up to several vectors, for one plane and many; kernels of all of planar's blocks.
+CONTIGUOUS = [
+    same((2, 3, 5, 1), (3, 3)),
+    same((1, 4, 9, 16), (3, 3), bias=False),
+    same((1, 37, 14, 14), (3, 3)),
+    same((3, 2, 20, 33), (5, 5)),
+    same((1, 3, 40, 67), (7, 7)),
+    same((2, 2, 9, 130), (7, 3), bias=False),
+    Case((1, 5, 12, 12), (4, 6), padding=(2, 3)),
+    Case((2, 3, 10, 29), (8, 3), padding=(9, 0)),
+    same((1, 3, 31, 18), (3, 3), dilation=(2, 3)),
+    same((1, 3, 18, 40), (1, 27)),
+    Case((2, 3, 17, 35), (3, 3), padding=(1, 1), stride=(2, 2)),
+    Case((1, 4, 19, 20), (7, 7), padding=(3, 3), stride=(2, 2)),
+    Case((2, 3, 11, 70), (3, 5), padding=(0, 4), stride=(1, 2), bias=False),
+]
+
+all_passes = pytest.mark.parametrize("pass_name", accuracy.PASSES)
+all_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+@all_passes
+@all_dtypes
+@pytest.mark.parametrize("case", CHANNELS_LAST, ids=str)
+@pytest.mark.parametrize(
+    "layout", ["channels_last", "channel_slice_channels_last", "spatial_slice_channels_last"]
+)
+def test_channels_last(case, layout, dtype, pass_name):
+    accuracy.check(pass_name, case, cases.make_tensors(case, dtype, layout))
+
+
+@all_passes
+@all_dtypes
+@pytest.mark.parametrize("case", CONTIGUOUS, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "spatial_slice", "misaligned", "expanded_batch_and_channels"])
+def test_contiguous(case, layout, dtype, pass_name):
+    accuracy.check(pass_name, case, cases.make_tensors(case, dtype, layout))
