@@ -26,6 +26,27 @@ CHANNELS_LAST = [
     same((1, 2100, 3, 7), (3, 3)),
     same((2, 96, 12, 9), (3, 3), dilation=(2, 1)),
     same((1, 47, 10, 20), (5, 3), dilation=(3, 1)),
+    # Columns that a dilation keeps apart; even and odd numbers of them.
+    same((2, 64, 14, 14), (3, 3), dilation=(3, 3)),
+    same((1, 37, 9, 14), (3, 3), dilation=(1, 5)),
+    same((1, 48, 14, 13), (7, 7), dilation=(2, 2)),
+    same((1, 32, 30, 57), (5, 5), dilation=(2, 2), bias=False),
+    # Strides along rows, with and without a last pixel of halo.
+    Case((2, 48, 15, 17), (3, 3), padding=(1, 1), stride=(2, 2)),
+    Case((1, 64, 16, 16), (3, 3), padding=(1, 1), stride=(2, 2), bias=False),
+    Case((1, 33, 20, 31), (7, 7), padding=(3, 3), stride=(2, 2)),
+    Case((1, 40, 12, 30), (7, 7), padding=(3, 3), stride=(3, 2)),
+    Case((1, 35, 14, 12), (5, 5), padding=(2, 2), stride=(1, 2)),
+    Case((1, 32, 9, 33), (4, 5), padding=(0, 2), stride=(2, 2)),
+    # Rows wider than registers hold: narrower and wider than the image, even and off centre.
+    same((1, 64, 14, 14), (1, 27)),
+    same((2, 48, 7, 7), (13, 13)),
+    same((1, 33, 9, 30), (3, 9)),
+    same((1, 36, 6, 28), (5, 55), bias=False),
+    Case((2, 40, 9, 16), (3, 12), padding=(1, 2)),
+    Case((1, 34, 8, 20), (9, 10), padding=(4, 14)),
+    Case((1, 70, 5, 60), (2, 8)),
+    same((1, 32, 12, 12), (31, 31)),
 ]
 # Rows of one pixel up to several vectors, for one plane and many; kernels of all of planar's blocks.
 CONTIGUOUS = [

@@ -124,7 +124,8 @@ int64_t parts_in_place(DType dtype, const Machine& m) {
 // Whether a direct plan reads its tensors where they are: in vectors of their own type. float64 is left out
 // for the size of the code.
 void choose_in_place(Pass pass, const Geometry& g, int64_t reduce, const Machine& m, int64_t parts, Plan& p) {
-  if (!g.adjacent || reduce != 1 || g.phases != 1 || !odd_rows(g) || g.channels < p.lanes) return;
+  if (!g.adjacent || reduce != 1 || g.phases != 1 || g.channels < p.lanes) return;
+  if (!(pass == Pass::backward_weight ? odd_rows(g) : rows_in_place(g))) return;
   const int64_t vector = p.lanes * int64_t(sizeof(float)), taps = g.kernel_h * g.kernel_w;
   if (pass == Pass::backward_weight) {
     p.in_place = true;
@@ -136,7 +137,7 @@ void choose_in_place(Pass pass, const Geometry& g, int64_t reduce, const Machine
     // A last group that is not full computes outputs of the one before it again: they share a task.
     const int64_t last_span = (channel_groups(g.channels, p) - 1) % p.span + 1;
     if (g.channels % p.lanes && last_span == 1) return;
-    p.block = in_place_block(g.out_width, g.kernel_w / 2, m.many_registers && parts == 1);
+    p.block = in_place_block(g, m.many_registers, parts);
     p.in_place = p.block > 0;
     if (!p.in_place) return;
     p.batch_rows = 1;
@@ -184,6 +185,8 @@ Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, cons
   double column_pairs = double(g.out_width * std::min(g.kernel_w, (g.width + 13) / g.dil_w + 1));
   if (dense) column_pairs = double(g.width * g.out_width);
   if (known_halo(g)) column_pairs -= double(g.pad_w * (g.pad_w + 1));  // both edges
+  if (p.in_place)
+    column_pairs = double(in_bounds_pairs(g.width, g.out_width, g.kernel_w, g.stride_w, g.pad_w, g.dil_w));
   const double pairs =
       double(in_bounds_pairs(g.height, g.out_height, g.kernel_h, g.stride_h, g.pad_h, g.dil_h)) *
       double(in_bounds_pairs(g.width, g.out_width, g.kernel_w, g.stride_w, g.pad_w, g.dil_w));

@@ -65,23 +65,46 @@ inline bool known_halo(const Geometry& p) {
          (p.kernel_w == 3 || p.kernel_w == 5 || p.kernel_w == 7);
 }
 
-// Outputs per register block for rows of `width` that are read in place, where blocks are evenly apart and
-// only the first and the last may touch the `radius` columns of halo; 0: no block size is possible.
-inline int64_t in_place_block(int64_t width, int64_t radius, bool many_registers) {
+// Whether the taps of a kernel row are held in registers while a row is read in place: an odd number, which
+// padding centres, so that every block knows which of its pixels are halo.
+inline bool narrow_rows(const Geometry& p) {
+  return p.kernel_w <= 7 && p.kernel_w % 2 == 1 && p.pad_w == p.dil_w * (p.kernel_w / 2) &&
+         ((p.stride_w == 1 && p.width == p.out_width) || (p.stride_w == 2 && p.dil_w == 1 && p.kernel_w > 1));
+}
+// Whether rows of the forward pass can be read in place, as far as their geometry goes.
+inline bool rows_in_place(const Geometry& p) {
+  return p.kernel_h > 0 && p.height > 0 && p.width > 0 &&
+         (narrow_rows(p) || (p.kernel_w > 7 && p.stride_w == 1 && p.dil_w == 1));
+}
+// The same for backward_weight.
+inline bool odd_rows(const Geometry& p) {
+  return p.kernel_h > 0 && p.height > 0 && p.stride_w == 1 && p.dil_w == 1 && narrow_rows(p);
+}
+
+constexpr int64_t kMaxStridedBlock = 8;
+
+// Outputs per register block for rows that are read in place, where blocks are evenly apart and only the
+// first and the last may touch the halo; 0: no block size is possible.
+inline int64_t in_place_block(const Geometry& p, bool many_registers, int64_t parts) {
+  const bool narrow = narrow_rows(p);
+  const int64_t most = p.stride_w == 2       ? kMaxStridedBlock
+                       : !many_registers     ? (narrow ? 8 : 10)
+                       : narrow && parts > 1 ? 8
+                                             : 14;
+  const int64_t least = narrow && p.kernel_w > 3 && p.stride_w == 1 ? 4 : narrow ? 2 : 4;
+  const int64_t widest = ceil_div(p.out_width, p.dil_w), narrowest = p.out_width / p.dil_w;
+  const auto fits = [&](int64_t width, int64_t x) {
+    const int64_t blocks = ceil_div(width, x);
+    return blocks == 1 || !narrow || (width - x) / (blocks - 1) * p.stride_w >= p.kernel_w / 2;
+  };
   int64_t best = 0, best_cost = 0;
-  for (int64_t x : {14, 8, 7, 4}) {
-    if (x > width || (x == 14 && !many_registers)) continue;
-    const int64_t blocks = ceil_div(width, x), cost = blocks * (x + 2);
-    if (blocks > 1 && (width - x) / (blocks - 1) < radius) continue;
+  for (int64_t x : {14, 12, 10, 8, 7, 4, 3, 2}) {
+    if (x > most || x < least || x > narrowest || (narrow ? x == 12 || x == 10 : x > p.kernel_w)) continue;
+    const int64_t cost = ceil_div(widest, x) * (x + 2);
+    if (!fits(widest, x) || !fits(narrowest, x)) continue;
     if (!best || cost < best_cost) best = x, best_cost = cost;
   }
   return best;
-}
-
-// Whether rows of a convolution can be read in place, as far as its geometry goes.
-inline bool odd_rows(const Geometry& p) {
-  const bool point = p.kernel_w == 1 && p.pad_w == 0 && p.stride_w == 1 && p.width == p.out_width;
-  return p.kernel_h > 0 && p.height > 0 && (point || known_halo(p));
 }
 
 }  // namespace lkconv::cpu
