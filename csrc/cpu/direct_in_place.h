@@ -140,6 +140,19 @@ struct NarrowRow {
   }
 };
 
+// Asks for what a block of X outputs of the next row writes and, of its rows of pixels, for those that this
+// row does not read.
+template <class T>
+LKCONV_INLINE void request_next_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t g, int64_t y,
+                                    int64_t pixel, const InPlaceOutputs<T>& to, int64_t X) {
+  request_pixels<1>(to.at + p.output.stride_h, to.step, X);
+  const int64_t last = (y + 1) * p.stride_h - p.pad_h + (p.kernel_h - 1) * p.dil_h;
+  for (int64_t row = last + 1 - p.stride_h; row <= last; ++row)
+    if (row >= 0 && row < p.height)
+      request_pixels<0>(s.input[g] + row * p.input.stride_h + pixel * p.input.stride_w,
+                        p.input.stride_w * p.dil_w, X * p.stride_w);
+}
+
 // One row of outputs; all groups of a block, whose pixels are neighbours in memory, follow each other.
 template <class T, class Row>
 void in_place_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t y, const InPlaceColumns& c) {
@@ -162,7 +175,7 @@ void in_place_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t y, c
       }
       const TensorRows<T> pixels{s.input[g] + first_row + tap * in.stride_w, in.stride_h * p.dil_h,
                                  in.stride_w * c.step};
-      if (request) request_pixels<1>(to.at + out.stride_h, to.step, X);
+      if (request) request_next_row(p, s, g, y, tap, to, X);
       Row::block(p, c, i, to, pixels, {s.kernel[g] + u0 * row, row, p.kernel_h * row}, u1 - u0);
     }
   }

@@ -1,7 +1,8 @@
 // Direct backward_weight of channels_last tensors that are read where they are: odd kernel rows of at most 7
-// taps, whose halo is not read. Sums are floats, [part][tap][lane] for every group of kElements channels; a
-// vector of bfloat16 is read once for each of its parts (element_vectors.h). The last group of a tensor moves
-// left to be whole, and what it computes twice is left out when the gradient is written.
+// taps, at a stride of 1 or 2, whose halo is not read. Sums are floats, [part][tap][lane] for every group of
+// kElements channels; a vector of bfloat16 is read once for each of its parts (element_vectors.h). The last
+// group of a tensor moves left to be whole, and what it computes twice is left out when the gradient is
+// written.
 #pragma once
 
 namespace lkconv::cpu::LKCONV_ISA {
@@ -37,14 +38,41 @@ template <class Pixels>
 struct RowPair {
   Pixels grad, in;
   int64_t in_row, rows, n;  // kernel rows, and outputs of the row
+  int64_t width, stride;    // pixels of the image's row, and how many lie between outputs
   TensorSteps steps;
 };
+
+// acc[u][v] += sum over x < n of grad[x] * in[u][S x + v] for a stride S: each output loads its pixels anew.
+template <int U, int V, class Pixels>
+LKCONV_INLINE void correlate_strided_unit(float* acc, const RowPair<Pixels>& r, Pixels in) {
+  constexpr int L = kLanes<float>, P = V / 2;
+  Vec<float> a[U][V] = {};
+  Pixels grad = r.grad;
+  int64_t left = P,
+          right = r.width + P;  // of the pixels an output reads, those in the image are [left, right)
+  for (int64_t x = 0; x < r.n; ++x, left -= r.stride, right -= r.stride) {
+    if (left <= 0 && right >= V)
+      correlate_pixel<float, U, V>(a, grad, in, r.in_row, 0, V, r.steps);
+    else
+      correlate_pixel<float, U, V>(a, grad, in, r.in_row, left, right, r.steps);
+    grad += r.steps.grad(), in += r.stride * r.steps.in();
+  }
+#pragma GCC unroll 4
+  for (int u = 0; u < U; ++u)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) store(acc + (u * V + v) * L, load(acc + (u * V + v) * L) + a[u][v]);
+}
 
 template <int V, class Pixels>
 void correlate_rows_in_place(float* acc, const RowPair<Pixels>& r) {
   constexpr int U = rows_together(V), L = kLanes<float>;
   constexpr bool kHalo = V > 1;
   int64_t u = 0;
+  if (r.stride != 1) {
+    for (; u + U <= r.rows; u += U) correlate_strided_unit<U, V>(acc + u * V * L, r, r.in + u * r.in_row);
+    for (; u < r.rows; ++u) correlate_strided_unit<1, V>(acc + u * V * L, r, r.in + u * r.in_row);
+    return;
+  }
   for (; u + U <= r.rows; u += U)
     correlate_unit<float, U, V, kHalo>(acc + u * V * L, V * L, r.grad, r.in + u * r.in_row, r.in_row, r.n,
                                        r.steps);
@@ -80,20 +108,21 @@ void correlate_image_in_place(const WeightProblem& p, float* sums, int64_t count
     const int64_t top = y * p.stride_h - p.pad_h;
     int64_t u0, u1;
     clip_taps(top, top, p.height, p.kernel_h, p.dil_h, u0, u1);
-    const int64_t next = top + (p.kernel_h - 1) * p.dil_h + p.stride_h;
+    const int64_t last = top + (p.kernel_h - 1) * p.dil_h;
     for (int64_t g = 0; g < count && u0 < u1; ++g) {
       const int64_t c = std::min(c0 + g * L, p.channels - L);
       const T* grads = element<T>(grad, n, c, y);
       const T* image = element<T>(in, n, c, 0);
-      if (request && next >= 0 && next < p.height)
-        request_pixels<0>(image + next * in.stride_h, in.stride_w, p.width);
+      for (int64_t next = last + 1; request && next <= last + p.stride_h; ++next)
+        if (next >= 0 && next < p.height) request_pixels<0>(image + next * in.stride_h, in.stride_w, p.width);
       if (request && y + 1 < p.out_height)
         request_pixels<0>(grads + grad.stride_h, grad.stride_w, p.out_width);
       const T* rows = image + (top + u0 * p.dil_h) * in.stride_h - p.pad_w * in.stride_w;
       float* acc = sums + g * taps * L + u0 * p.kernel_w * kLanes<float>;
       const auto add = [&](auto grad, auto in_rows, float* to) {
         correlate_in_place<decltype(grad)>(
-            to, p.kernel_w, {grad, in_rows, in.stride_h * p.dil_h, u1 - u0, p.out_width, steps});
+            to, p.kernel_w,
+            {grad, in_rows, in.stride_h * p.dil_h, u1 - u0, p.out_width, p.width, p.stride_w, steps});
       };
       add(part_pointer<0>(grads), part_pointer<0>(rows), acc);
       if constexpr (kFloatParts<T> == 2)

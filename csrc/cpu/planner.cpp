@@ -19,7 +19,8 @@ constexpr int64_t kWindowBytes =
     384 << 10;  // of a direct tile's input window: well inside a second-level cache
 constexpr int64_t kMaxTileWidth = 128;
 constexpr int64_t kMaxWeightSpan = 4;
-constexpr int64_t kKernelBytes = 256 << 10;  // of the groups that a task reads in place together
+constexpr int64_t kKernelBytes = 256 << 10;     // of the groups that a task reads in place together
+constexpr int64_t kWideKernelBytes = 24 << 10;  // where a block of outputs takes too long to wait for memory
 constexpr int64_t kMaxAtenTaps = 25;
 constexpr int64_t kMaxAtenPhaseTaps = 36;  // taps of the first phase times phases: at most 5x5 at stride 2
 constexpr double kAtenMargin = 1.1;
@@ -31,6 +32,7 @@ constexpr double kSplitPixel = 2.5, kRoundSums = 14;  // operations on a vector 
 // Cycles, fitted to timings of the layers of real models. Pairs are channels_last, contiguous.
 struct Costs {
   double tap, strided_tap;  // one vector multiply-add of a direct tile; strided ones load a pixel for each
+  double wide_tap;          // the same of rows in place that are wider than registers
   double move[2];           // one vector of pixels between a tensor and scratch
   double in_place_move;     // a channels_last pixel that is read where it is
   double phase_move[2];     // a phase of backward_input writes every stride-th pixel
@@ -41,11 +43,11 @@ struct Costs {
   double aten_tap, aten_move, aten_far_move;  // of oneDNN; far: both tensors together leave the caches
   double aten_call;                           // what one of its calls costs beyond ours
 };
-constexpr Costs kOneMultiplier{1.12, 1.5,     {9, 18}, 2,      {22, 60}, 20, 1.0, 3,     2.5,
-                               1.55, {9, 22}, 1,       {0, 0}, 1.25,     5,  16,  160000};
+constexpr Costs kOneMultiplier{1.12, 1.5,  1.7,     {9, 18}, 2,      {22, 60}, 20, 1.0, 3,
+                               2.5,  1.55, {9, 22}, 1,       {0, 0}, 1.25,     5,  16,  160000};
 // Processors with AMX start two multiply-adds of 64 bytes per cycle; a core's share of memory is no faster.
-constexpr Costs kTwoMultipliers{0.6,  0.87,     {16, 17}, 6,       {85, 140}, 45, 0.55, 6,     4,
-                                1.02, {20, 12}, 0.6,      {17, 3}, 1.0,       10, 10,   310000};
+constexpr Costs kTwoMultipliers{0.6, 0.87, 1.2,      {16, 17}, 6,       {85, 140}, 45, 0.55, 6,
+                                4,   1.02, {20, 12}, 0.6,      {17, 3}, 1.0,       10, 10,   310000};
 const Costs& costs_on(const Machine& m) { return m.isa == Isa::amx ? kTwoMultipliers : kOneMultiplier; }
 
 // Number of (output, tap) pairs on one axis whose input lies inside the image.
@@ -90,11 +92,13 @@ void choose_span(const Geometry& g, const Machine& m, int64_t bytes_per_group, P
     p.span = even_part(groups, std::max<int64_t>(1, p.span * tasks * parts / wanted));
 }
 
-// The same where tensors are read in place: whole pixels, as far as their kernels stay in a core's own cache,
-// so that memory is read and written in the order of addresses. Rows that tasks share are not copied twice.
+// The same where tensors are read in place: whole pixels, as far as their kernels stay in a cache of the
+// core, so that memory is read and written in the order of addresses. Rows that tasks share are not copied
+// twice.
 void choose_span_in_place(const Geometry& g, const Machine& m, int64_t bytes_of_kernel, Plan& p) {
   const int64_t groups = channel_groups(g.channels, p);
-  p.span = even_part(groups, std::clamp<int64_t>(kKernelBytes / bytes_of_kernel, 1, kMaxSpanInPlace));
+  const int64_t bytes = narrow_rows(g) ? kKernelBytes : kWideKernelBytes;
+  p.span = even_part(groups, std::clamp<int64_t>(bytes / bytes_of_kernel, 1, kMaxSpanInPlace));
   const int64_t wanted = m.threads > 1 ? 4 * m.threads : 1;
   const int64_t tasks = ceil_div(groups, p.span) * g.batch;
   if (tasks >= wanted || tasks == 0) return;
@@ -200,7 +204,10 @@ Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, cons
   p.flops = 2 * pairs * double(reduce) * double(g.batch * g.channels);
   const Costs& c = costs_on(m);
   const double move = p.in_place ? c.in_place_move : (g.phases > 1 ? c.phase_move : c.move)[!g.adjacent];
-  p.cycles = vectors * (unit ? c.tap : c.strided_tap) + move * pixels + double(groups * taps) * c.kernel_tap;
+  const double tap = p.in_place && !narrow_rows(g)                           ? c.wide_tap
+                     : unit || (p.in_place && pass != Pass::backward_weight) ? c.tap
+                                                                             : c.strided_tap;
+  p.cycles = vectors * tap + move * pixels + double(groups * taps) * c.kernel_tap;
   if (pass == Pass::backward_weight) p.cycles += 0.1 * vectors;
   if (p.in_place && parts == 2) {
     // Both parts' products; taking pixels apart for each kernel row, and putting sums together.

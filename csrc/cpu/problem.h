@@ -78,7 +78,7 @@ inline bool rows_in_place(const Geometry& p) {
 }
 // The same for backward_weight.
 inline bool odd_rows(const Geometry& p) {
-  return p.kernel_h > 0 && p.height > 0 && p.stride_w == 1 && p.dil_w == 1 && narrow_rows(p);
+  return p.kernel_h > 0 && p.height > 0 && p.width > 0 && p.dil_w == 1 && narrow_rows(p);
 }
 
 constexpr int64_t kMaxStridedBlock = 8;
@@ -99,7 +99,8 @@ inline int64_t in_place_block(const Geometry& p, bool many_registers, int64_t pa
   };
   int64_t best = 0, best_cost = 0;
   for (int64_t x : {14, 12, 10, 8, 7, 4, 3, 2}) {
-    if (x > most || x < least || x > narrowest || (narrow ? x == 12 || x == 10 : x > p.kernel_w)) continue;
+    if (x > most || x < least || x > narrowest || (narrow ? x == 12 || x == 10 : x > p.kernel_w + 1))
+      continue;
     const int64_t cost = ceil_div(widest, x) * (x + 2);
     if (!fits(widest, x) || !fits(narrowest, x)) continue;
     if (!best || cost < best_cost) best = x, best_cost = cost;
