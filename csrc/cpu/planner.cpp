@@ -150,14 +150,8 @@ void choose_in_place(Pass pass, const Geometry& g, int64_t reduce, const Machine
   p.tile_w = g.out_width;
 }
 
-// A plan whose groups hold `parts` vectors of floats, or none whose tensors are read in place.
-Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m, int64_t parts) {
-  Plan p;
-  p.algorithm = Algorithm::direct;
-  p.isa = m.isa;
-  const bool wide = dtype == DType::f64;
-  p.lanes = wide ? m.lanes_f64 : m.lanes_f32 * std::max<int64_t>(1, parts);
-  const int64_t vector = p.lanes * (wide ? 8 : 4);
+// Tiles whose input is copied to windows in scratch.
+void choose_windows(Pass pass, const Geometry& g, int64_t reduce, int64_t vector, const Machine& m, Plan& p) {
   p.tile_w = even_part(g.out_width, kMaxTileWidth);
   const int64_t row =
       ((p.tile_w - 1) * g.stride_w + std::max<int64_t>(g.kernel_w - 1, 0) * g.dil_w + 1) * vector;
@@ -178,43 +172,62 @@ Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, cons
     choose_span(g, m, per_group, p);
     p.scratch_bytes = per_group * p.span + halo * int64_t(sizeof(void*) + 8);
   }
+}
+
+// Pairs of an output and a tap along a row that a tile multiplies.
+double column_pairs(Pass pass, const Geometry& g, bool in_place) {
+  if (in_place)
+    return double(in_bounds_pairs(g.width, g.out_width, g.kernel_w, g.stride_w, g.pad_w, g.dil_w));
+  // Columns of the zero halo cost as much as the image's, but where the band matrix is full.
+  const bool dense = pass != Pass::backward_weight && g.stride_w == 1 && g.dil_w == 1 &&
+                     g.pad_w >= g.out_width - 1 && g.width - 1 + g.pad_w < g.kernel_w;
+  if (dense) return double(g.width * g.out_width);
+  const double edges = known_halo(g) ? double(g.pad_w * (g.pad_w + 1)) : 0;
+  return double(g.out_width * std::min(g.kernel_w, (g.width + 13) / g.dil_w + 1)) - edges;
+}
+
+double cycles_of_tap(Pass pass, const Geometry& g, bool in_place, const Costs& c) {
+  if (in_place && !narrow_rows(g)) return c.wide_tap;
+  const bool shared = in_place ? pass != Pass::backward_weight || g.stride_w == 1
+                               : g.stride_w == 1 && g.dil_w == 1;  // a loaded pixel serves several outputs
+  return shared ? c.tap : c.strided_tap;
+}
+
+void estimate_direct(Pass pass, const Geometry& g, int64_t reduce, int64_t parts, const Machine& m, Plan& p) {
+  const double rows =
+      double(in_bounds_pairs(g.height, g.out_height, g.kernel_h, g.stride_h, g.pad_h, g.dil_h));
+  const double columns =
+      double(in_bounds_pairs(g.width, g.out_width, g.kernel_w, g.stride_w, g.pad_w, g.dil_w));
+  const int64_t groups = channel_groups(g.channels, p);
+  const double images = double(groups * g.batch), outputs = double(g.out_height * g.out_width) * images;
+  const double vectors = rows * column_pairs(pass, g, p.in_place) * double(reduce) * images;
+  const double pixels = double(g.height * g.width * reduce) * images + outputs;
+  p.flops = 2 * rows * columns * double(reduce) * double(g.batch * g.channels);
+  const Costs& c = costs_on(m);
+  const double move = p.in_place ? c.in_place_move : (g.phases > 1 ? c.phase_move : c.move)[!g.adjacent];
+  p.cycles = vectors * cycles_of_tap(pass, g, p.in_place, c) + move * pixels +
+             double(groups * g.kernel_h * g.kernel_w) * c.kernel_tap;
+  if (pass == Pass::backward_weight) p.cycles += 0.1 * vectors;
+  if (!p.in_place || parts < 2) return;
+  // Both parts' products; taking pixels apart for each kernel row, and putting sums together.
+  const double round = pass == Pass::backward_weight ? 0 : kRoundSums;
+  p.cycles += c.tap * (vectors + outputs * (kSplitPixel * double(g.kernel_h) + round));
+}
+
+// A plan whose groups hold `parts` vectors of floats, or none whose tensors are read in place.
+Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m, int64_t parts) {
+  Plan p;
+  p.algorithm = Algorithm::direct;
+  p.isa = m.isa;
+  const bool wide = dtype == DType::f64;
+  p.lanes = wide ? m.lanes_f64 : m.lanes_f32 * std::max<int64_t>(1, parts);
+  choose_windows(pass, g, reduce, p.lanes * (wide ? 8 : 4), m, p);
   if (parts) {
     Plan in_place = p;
     choose_in_place(pass, g, reduce, m, parts, in_place);
     if (in_place.in_place) p = in_place;
   }
-  // Columns of the zero halo cost as much as the image's, but where the band matrix is full.
-  const bool dense = pass != Pass::backward_weight && g.stride_w == 1 && g.dil_w == 1 &&
-                     g.pad_w >= g.out_width - 1 && g.width - 1 + g.pad_w < g.kernel_w;
-  double column_pairs = double(g.out_width * std::min(g.kernel_w, (g.width + 13) / g.dil_w + 1));
-  if (dense) column_pairs = double(g.width * g.out_width);
-  if (known_halo(g)) column_pairs -= double(g.pad_w * (g.pad_w + 1));  // both edges
-  if (p.in_place)
-    column_pairs = double(in_bounds_pairs(g.width, g.out_width, g.kernel_w, g.stride_w, g.pad_w, g.dil_w));
-  const double pairs =
-      double(in_bounds_pairs(g.height, g.out_height, g.kernel_h, g.stride_h, g.pad_h, g.dil_h)) *
-      double(in_bounds_pairs(g.width, g.out_width, g.kernel_w, g.stride_w, g.pad_w, g.dil_w));
-  const int64_t groups = channel_groups(g.channels, p);
-  const double vectors =
-      double(in_bounds_pairs(g.height, g.out_height, g.kernel_h, g.stride_h, g.pad_h, g.dil_h)) *
-      column_pairs * double(reduce) * double(groups * g.batch);
-  const bool unit = g.stride_w == 1 && g.dil_w == 1;
-  const double pixels =
-      double(g.height * g.width * reduce + g.out_height * g.out_width) * double(groups * g.batch);
-  p.flops = 2 * pairs * double(reduce) * double(g.batch * g.channels);
-  const Costs& c = costs_on(m);
-  const double move = p.in_place ? c.in_place_move : (g.phases > 1 ? c.phase_move : c.move)[!g.adjacent];
-  const double tap = p.in_place && !narrow_rows(g)                           ? c.wide_tap
-                     : unit || (p.in_place && pass != Pass::backward_weight) ? c.tap
-                                                                             : c.strided_tap;
-  p.cycles = vectors * tap + move * pixels + double(groups * taps) * c.kernel_tap;
-  if (pass == Pass::backward_weight) p.cycles += 0.1 * vectors;
-  if (p.in_place && parts == 2) {
-    // Both parts' products; taking pixels apart for each kernel row, and putting sums together.
-    const double outputs = double(g.out_height * g.out_width * groups * g.batch);
-    const double round = pass == Pass::backward_weight ? 0 : kRoundSums;
-    p.cycles += c.tap * (vectors + outputs * (kSplitPixel * double(g.kernel_h) + round));
-  }
+  estimate_direct(pass, g, reduce, parts, m, p);
   return p;
 }
 

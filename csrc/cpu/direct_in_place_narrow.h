@@ -1,0 +1,106 @@
+// Rows in place whose taps are held in registers: an odd number of them, at most 7, whatever the dilation, at
+// a stride of 1 or 2. A vector of pixels is loaded once for all the taps that it meets.
+#pragma once
+
+namespace lkconv::cpu::LKCONV_ISA {
+
+// out[i] = sum over u < rows, v < V of taps[u][v] * pixels[u][S i + v], as in tile_unit: a vector of pixels
+// is loaded once for all taps of a row. The first kLeft and the last kRight pixels are halo, which is not
+// read.
+template <class T, int X, int V, int S, int kLeft, int kRight>
+LKCONV_INLINE void in_place_tile(const InPlaceOutputs<T>& out, const TensorRows<T>& pixels,
+                                 const InPlaceTaps& taps, int64_t rows) {
+  constexpr int L = kLanes<float>, P = kFloatParts<T>;
+  Vec<float> a[X][P];
+#pragma GCC unroll 16
+  for (int i = 0; i < X; ++i)
+#pragma GCC unroll 2
+    for (int q = 0; q < P; ++q) a[i][q] = out.initial[q];
+  for (int64_t u = 0; u < rows; ++u) {
+    const T* in = pixels.row(u) + kLeft * pixels.step;
+    const float* held = taps.base + u * taps.row;
+    Vec<float> k[V][P];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v)
+#pragma GCC unroll 2
+      for (int q = 0; q < P; ++q) k[v][q] = load(held + q * taps.part + v * L);
+#pragma GCC unroll 32
+    for (int j = kLeft; j < S * (X - 1) + V - kRight; ++j, in += pixels.step) {
+      Vec<float> p[P];
+      take_apart(p, load_whole(in));
+#pragma GCC unroll 2
+      for (int q = 0; q < P; ++q) {
+        if (V > 1) keep(p[q]);
+#pragma GCC unroll 16
+        for (int i = 0; i < X; ++i)
+          if (j - S * i >= 0 && j - S * i < V) a[i][q] += k[j - S * i][q] * p[q];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < X; ++i) store_whole(out.at + i * out.step, put_together(a[i], T()));
+}
+
+// A block that reaches the halo at `left`, by the padding, or at `right`, by that or one pixel less.
+template <class T, int X, int V, int S>
+LKCONV_INLINE void in_place_block(const InPlaceOutputs<T>& out, const TensorRows<T>& pixels,
+                                  const InPlaceTaps& taps, int64_t rows, bool left, int64_t right) {
+  constexpr int P = V / 2, kLess = P - (S > 1);
+  if (P == 0 || (!left && !right)) return in_place_tile<T, X, V, S, 0, 0>(out, pixels, taps, rows);
+  if (S > 1 && right == P)
+    return left ? in_place_tile<T, X, V, S, P, P>(out, pixels, taps, rows)
+                : in_place_tile<T, X, V, S, 0, P>(out, pixels, taps, rows);
+  if (!right) return in_place_tile<T, X, V, S, P, 0>(out, pixels, taps, rows);
+  left ? in_place_tile<T, X, V, S, P, kLess>(out, pixels, taps, rows)
+       : in_place_tile<T, X, V, S, 0, kLess>(out, pixels, taps, rows);
+}
+
+// Rows whose taps are held in registers.
+template <class T, int X, int V, int S>
+struct NarrowRow {
+  static constexpr int64_t kBlock = X;
+
+  LKCONV_INLINE static void block(const ForwardProblem& p, const InPlaceColumns& c, int64_t i,
+                                  const InPlaceOutputs<T>& out, const TensorRows<T>& pixels,
+                                  const InPlaceTaps& taps, int64_t rows) {
+    in_place_block<T, X, V, S>(out, pixels, taps, rows, i == 0, i == c.blocks - 1 ? c.right : 0);
+  }
+};
+
+template <class T, int X>
+void narrow_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t y) {
+  if constexpr (X <= kMaxStridedBlock)
+    if (p.stride_w == 2 && p.kernel_w > 1) {
+      if (p.kernel_w == 3) return in_place_row<T, NarrowRow<T, X, 3, 2>>(p, s, y);
+      if (p.kernel_w == 5) return in_place_row<T, NarrowRow<T, X, 5, 2>>(p, s, y);
+      return in_place_row<T, NarrowRow<T, X, 7, 2>>(p, s, y);
+    }
+  if (p.kernel_w == 1) return in_place_row<T, NarrowRow<T, X, 1, 1>>(p, s, y);
+  if (p.kernel_w == 3) return in_place_row<T, NarrowRow<T, X, 3, 1>>(p, s, y);
+  if constexpr (X >= 4) {
+    if (p.kernel_w == 5) return in_place_row<T, NarrowRow<T, X, 5, 1>>(p, s, y);
+    return in_place_row<T, NarrowRow<T, X, 7, 1>>(p, s, y);
+  }
+}
+
+template <class T>
+void narrow_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t block, int64_t y) {
+  switch (block) {
+#if LKCONV_VECTOR_REGISTERS >= 32
+    case 14:
+      if constexpr (kFloatParts<T> == 1) return narrow_row<T, 14>(p, s, y);
+#endif
+    case 8:
+      return narrow_row<T, 8>(p, s, y);
+    case 7:
+      return narrow_row<T, 7>(p, s, y);
+    case 4:
+      return narrow_row<T, 4>(p, s, y);
+    case 3:
+      return narrow_row<T, 3>(p, s, y);
+    default:
+      return narrow_row<T, 2>(p, s, y);
+  }
+}
+
+}  // namespace lkconv::cpu::LKCONV_ISA
