@@ -211,6 +211,8 @@ def test_errors_of_forward():
         GroupMixAttention(40, num_heads=4)
     with pytest.raises(ValueError, match="size"):
         module(torch.zeros(1, 12, 40), (3, 5))
+    with pytest.raises(ValueError, match="size must be two positive"):
+        module(torch.zeros(1, 12, 40), (-3, -4))
     with pytest.raises(ValueError, match="40 channels"):
         module(torch.zeros(1, 12, 80), (3, 4))
 

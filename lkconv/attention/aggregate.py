@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import backends
 from .. import reference_group_mix as reference
 from . import registration
-from .checks import check_aggregate
+from .checks import MOST_SEGMENT, check_aggregate
 from .derivatives import composed_aggregate, differentiable_gradients, sample_of, under_derivative
 from .parameters import AggregateParameters
 
@@ -28,8 +28,9 @@ def computed_dtype(tokens: Tensor) -> torch.dtype:
 
 
 def namespace(tokens: Tensor) -> str | None:
-    """The op namespace of the backend whose fused kernels take these tokens; None for plain PyTorch."""
-    if tokens.numel() == 0 or under_derivative():
+    """The op namespace of the backend whose fused kernels take these tokens, (B, N, 15 * d); None for plain
+    PyTorch."""
+    if tokens.numel() == 0 or tokens.shape[-1] > 15 * MOST_SEGMENT or under_derivative():
         return None
     return backends.namespace(tokens.device, computed_dtype(tokens), "group_mix")
 
@@ -221,7 +222,7 @@ def group_mix_aggregate(
     convolution, LayerNorm and hardswish. q, k and v share all parameters and BatchNorm statistics.
 
     Where a backend has fused kernels (CPUs; GPUs through CUDA C++ or Triton) this is one pass over ``qkv`` in
-    evaluation and two in training, without permuted copies. Elsewhere, for empty tensors, under
+    evaluation and two in training, without permuted copies. Elsewhere, for empty tensors, C > 2480, under
     ``torch.func.grad`` and its kin, in forward mode and under ``use_backend("torch")``, it runs as plain
     PyTorch (:mod:`lkconv.reference`), through which second derivatives are taken too.
 
@@ -248,7 +249,7 @@ def group_mix_aggregate(
     Raises:
         ValueError: a shape does not fit; C is not a multiple of 5; 4 C / 5 is not divisible by 8;
             ``num_heads`` is not 8; statistics are missing.
-        TypeError: ``qkv`` is not a floating-point tensor.
+        TypeError: ``qkv`` is not a floating-point tensor, or ``size`` not of integers.
     """
     norms = {"norm_weights": norm_weights, "norm_biases": norm_biases}
     if (running_means is None) != (running_vars is None):
