@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkconv.attention import GroupMixBlock
-from lkconv.attention.modules import SeparableConv2d
+from lkconv.attention.aggregator import SeparableConv2d
 
 
 @dataclass(frozen=True)

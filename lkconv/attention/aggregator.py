@@ -1,0 +1,200 @@
+"""The module that owns the parameters of the aggregation, under their published names (arXiv 2311.15157)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import backends
+from .._hooks import is_plain
+from . import aggregate as fused
+from .checks import KERNELS, check_dim, check_tokens
+from .parameters import AggregateParameters
+from .plain import is_plain_depthwise, is_plain_pointwise
+
+
+def tensors_of(modules: Iterable[nn.Module], name: str) -> list[Tensor]:
+    """The parameter or buffer of that name of each module."""
+    return [getattr(m, name) for m in modules]
+
+
+class SeparableConv2d(nn.Module):
+    """Depthwise then pointwise convolution without biases; nothing between them."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(
+            in_channels, in_channels, kernel_size, stride, kernel_size // 2, groups=in_channels, bias=False
+        )
+        self.pointwise_conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise_conv(self.conv1(x))
+
+
+def _is_plain_separable(module: Any, in_channels: int, out_channels: int, kernel_size: int) -> bool:
+    """Whether calling the module is these two convolutions and nothing else."""
+    return (
+        is_plain(module, SeparableConv2d)
+        and is_plain_depthwise(module.conv1, in_channels, kernel_size, False)
+        and is_plain_pointwise(module.pointwise_conv, in_channels, out_channels)
+    )
+
+
+class LocalBranch(nn.Module):
+    """The non-attention branch: q, k and v of the last segment to d channels, LayerNorm, hardswish."""
+
+    def __init__(self, segment: int) -> None:
+        super().__init__()
+        self.conv = SeparableConv2d(3 * segment, segment, 3)
+        self.norm = nn.LayerNorm(segment)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3 * d, H, W) -> (B, N, d)."""
+        return F.hardswish(self.norm(self.conv(x).flatten(2).transpose(1, 2)))
+
+
+def _is_plain_local(module: Any, d: int) -> bool:
+    """Whether calling the module is the formula of :class:`LocalBranch` and nothing else."""
+    if not (is_plain(module, LocalBranch) and _is_plain_separable(module.conv, 3 * d, d, KERNELS[3])):
+        return False
+    norm = module.norm
+    if not (is_plain(norm, nn.LayerNorm) and norm.normalized_shape == (d,)):
+        return False
+    return norm.weight is not None and norm.bias is not None
+
+
+class GroupMixAggregator(nn.Module):
+    """:func:`lkconv.group_mix_aggregate` with the published parameters.
+
+    Args:
+        dim: C, a multiple of 5 with 4 C / 5 divisible by 8.
+        num_heads: 8.
+
+    The BatchNorms may be ``nn.SyncBatchNorm`` (``nn.SyncBatchNorm.convert_sync_batchnorm``): their statistics
+    are then exchanged with one collective for all four. With other modules in the place of these, hooks on
+    any of them (pruning, the older weight and spectral norms), or BatchNorms of which some are frozen, the
+    submodules are called one after another. Parametrised weights are read as they are.
+
+    Shapes: qkv (B, N, 3 * C) and size (H, W) with H * W = N -> q, k, v (B, 8, N, d / 2) and local (B, N, d),
+    d = C / 5; float64, float32, float16 or bfloat16.
+
+    Raises:
+        ValueError: dim or num_heads is another, or on a call a shape does not fit.
+        TypeError: on a call, qkv is not a floating-point tensor.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8) -> None:
+        super().__init__()
+        check_dim(dim, num_heads)
+        self.dim, self.num_heads = dim, num_heads
+        d = dim // 5
+        self.norm0 = nn.BatchNorm2d(d)
+        self.agg1, self.norm1 = SeparableConv2d(d, d, 3), nn.BatchNorm2d(d)
+        self.agg2, self.norm2 = SeparableConv2d(d, d, 5), nn.BatchNorm2d(d)
+        self.agg3, self.norm3 = SeparableConv2d(d, d, 7), nn.BatchNorm2d(d)
+        self.agg0 = LocalBranch(d)
+
+    def norms(self) -> list[Any]:
+        return [self.norm0, self.norm1, self.norm2, self.norm3]
+
+    def _fusible(self) -> bool:
+        """Whether calling the submodules is the formula of the fused op and nothing else."""
+        d, mixers = self.dim // 5, [self.agg1, self.agg2, self.agg3]
+        return (
+            self._norms_agree()
+            and all(_is_plain_separable(m, d, d, k) for m, k in zip(mixers, KERNELS, strict=False))
+            and _is_plain_local(self.agg0, d)
+        )
+
+    def _norms_agree(self) -> bool:
+        """Whether the four norms are BatchNorms that differ in nothing but their parameters."""
+        norms = self.norms()
+        if not all(is_plain(n, nn.BatchNorm2d, nn.SyncBatchNorm) and n.affine for n in norms):
+            return False
+        settings = {(type(n), n.training, n.eps, n.momentum, n.running_mean is None) for n in norms}
+        return len(settings) == 1
+
+    def _group(self) -> object | None:
+        """The processes that share statistics, if any."""
+        norm = self.norm0
+        if isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
+            group = norm.process_group or dist.group.WORLD
+            return group if dist.get_world_size(group) > 1 else None
+        return None
+
+    def _momentum(self) -> float:
+        """Counts the batch, as BatchNorm does, and returns the weight it gets in the running statistics."""
+        for norm in self.norms():
+            norm.get_buffer("num_batches_tracked").add_(1)
+        momentum = self.norm0.momentum
+        return 1.0 / float(self.norm0.get_buffer("num_batches_tracked")) if momentum is None else momentum
+
+    def tokens(self, namespace: str, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """qkv (B, N, 3 * C) -> mixed (3, B, N, 4 * d), local (B, N, d), through a namespace's fused op."""
+        norms = self.norms()
+        training = self.norm0.training or self.norm0.running_mean is None
+        track = self.norm0.running_mean is not None
+        momentum = self._momentum() if training and track else 0.0
+        separable = [self.agg1, self.agg2, self.agg3, self.agg0.conv]
+        parameters = AggregateParameters(
+            tensors_of([s.conv1 for s in separable], "weight"),
+            tensors_of([s.pointwise_conv for s in separable], "weight"),
+            tensors_of(norms, "weight"),
+            tensors_of(norms, "bias"),
+            self.agg0.norm.weight,
+            self.agg0.norm.bias,
+        )
+        return fused.aggregate_tokens(
+            namespace,
+            fused.autocast(qkv),
+            size,
+            parameters,
+            tensors_of(norms, "running_mean") if track else None,
+            tensors_of(norms, "running_var") if track else None,
+            training,
+            momentum,
+            self.norm0.eps,
+            self.agg0.norm.eps,
+            self._group() if training else None,
+        )
+
+    def composed(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same from this module's own submodules, one after another."""
+        batch, tokens, channels = qkv.shape
+        d, (height, width) = channels // 15, size
+        x = qkv.reshape(batch, height, width, 3, 5, d).permute(4, 3, 0, 5, 1, 2)
+        convs: Sequence[Callable[[Tensor], Tensor]] = (nn.Identity(), self.agg1, self.agg2, self.agg3)
+        mixed = [
+            F.hardswish(norm(conv(x[s].reshape(3 * batch, d, height, width))))
+            for s, (conv, norm) in enumerate(zip(convs, self.norms(), strict=True))
+        ]
+        heads = (
+            torch.cat(mixed, 1)
+            .reshape(3, batch, self.num_heads, 4 * d // self.num_heads, tokens)
+            .transpose(-1, -2)
+        )
+        local = self.agg0(x[4].transpose(0, 1).reshape(batch, 3 * d, height, width))
+        q, k, v = heads.unbind()
+        return q, k, v, local
+
+    def namespace(self, qkv: Tensor) -> str | None:
+        """Whose fused kernels this call takes; None where it runs as plain PyTorch."""
+        return fused.namespace(qkv) if self._fusible() else None
+
+    @backends.retried
+    def forward(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """qkv (B, N, 3 * C) of an H x W grid -> q, k, v (B, 8, N, d / 2) and local (B, N, d)."""
+        check_tokens(qkv, size, "qkv")
+        if qkv.shape[2] != 3 * self.dim:
+            raise ValueError(f"qkv must have 3 * dim = {3 * self.dim} channels, got {qkv.shape[2]}")
+        namespace = self.namespace(qkv)
+        if namespace is None:
+            return self.composed(qkv, size)
+        mixed, local = self.tokens(namespace, qkv, size)
+        return *fused.split_heads(mixed, self.num_heads), local
