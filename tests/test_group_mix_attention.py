@@ -155,31 +155,6 @@ def test_dropout():
     assert torch.equal(once, again)
 
 
-@pytest.mark.parametrize("frozen", ["one norm", "all norms", "no statistics", "cumulative", "other norm"])
-def test_every_state_of_the_norms(frozen):
-    """Fused or not, the result is that of the submodules run one after another."""
-    aggregator = attention(40, training=True).aggregator
-    if frozen == "one norm":
-        aggregator.norm2.eval()
-    elif frozen == "all norms":
-        for norm in aggregator.norms():
-            norm.eval()
-    elif frozen == "other norm":
-        aggregator.norm1 = nn.GroupNorm(1, 8).double()
-    else:
-        for i in range(4):
-            options = {"track_running_stats": False} if frozen == "no statistics" else {"momentum": None}
-            setattr(aggregator, f"norm{i}", nn.BatchNorm2d(8, **options).double())
-    other = copy.deepcopy(aggregator)
-    qkv = torch.randn(2, 12, 120, dtype=torch.float64)
-    for _ in range(3):
-        ours, expected = aggregator(qkv, (3, 4)), other.composed(qkv, (3, 4))
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b)
-    for (name, a), (_, b) in zip(aggregator.named_buffers(), other.named_buffers(), strict=True):
-        torch.testing.assert_close(a, b, msg=name)
-
-
 def test_attention_maps_explain_the_output():
     """map @ v is the attention term that the forward pass computes without ever forming the map."""
     module, size = attention(40), (4, 5)

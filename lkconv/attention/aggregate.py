@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -124,20 +124,20 @@ class _BatchStatistics(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _update_running(
-    means: Sequence[Tensor],
-    variances: Sequence[Tensor],
-    mean: Tensor,
-    var: Tensor,
-    count: float,
-    momentum: float,
-) -> None:
-    """running <- (1 - momentum) * running + momentum * batch, the variance being the unbiased estimate."""
-    with torch.no_grad():
-        unbiased = var * (count / (count - 1))
-        for i in range(4):
-            means[i].lerp_(mean[i].to(means[i].dtype), momentum)
-            variances[i].lerp_(unbiased[i].to(variances[i].dtype), momentum)
+class BatchStatistics(NamedTuple):
+    """Mean and biased variance of a batch, (4, d), over a number of ``values``."""
+
+    mean: Tensor
+    var: Tensor
+    values: float
+
+    def update(self, means: Sequence[Tensor], variances: Sequence[Tensor], momentum: float) -> None:
+        """running <- (1 - momentum) running + momentum batch, the variance being the unbiased estimate."""
+        with torch.no_grad():
+            unbiased = self.var * (self.values / (self.values - 1))
+            for i in range(4):
+                means[i].lerp_(self.mean[i].to(means[i].dtype), momentum)
+                variances[i].lerp_(unbiased[i].to(variances[i].dtype), momentum)
 
 
 def aggregate_tokens(
@@ -145,29 +145,27 @@ def aggregate_tokens(
     qkv: Tensor,
     size: tuple[int, int],
     parameters: AggregateParameters,
-    running_means: Sequence[Tensor] | None,
-    running_vars: Sequence[Tensor] | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    layer_norm_eps: float,
+    running: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    eps: tuple[float, float],
     group: Group = None,
-) -> tuple[Tensor, Tensor]:
-    """The fused aggregation of a namespace in its own layout: mixed (3, B, N, 4 * d), local (B, N, d)."""
+) -> tuple[Tensor, Tensor, BatchStatistics | None]:
+    """The fused aggregation of a namespace in its own layout: mixed (3, B, N, 4 * d), local (B, N, d).
+
+    ``running``: means and variances to normalise by; None for those of the batch, which are then returned
+    and noted nowhere, because another backend repeats a call that fails later on. ``eps``: of the BatchNorms
+    and of the LayerNorm.
+    """
     height, width = size
-    if not training:
-        assert running_means is not None and running_vars is not None
+    if running is not None:
         depthwise, pointwise, nw, nb, lw, lb = parameters
-        return getattr(torch.ops, namespace).group_mix_aggregate(
-            qkv, height, width, depthwise, pointwise, nw, nb, list(running_means), list(running_vars), lw, lb,
-            eps, layer_norm_eps,
-        )  # fmt: skip
+        mixed, local = getattr(torch.ops, namespace).group_mix_aggregate(
+            qkv, height, width, depthwise, pointwise, nw, nb, *map(list, running), lw, lb, *eps
+        )
+        return mixed, local, None
     mixed, local, mean, var, count, _, _ = _BatchStatistics.apply(
-        namespace, qkv, height, width, eps, layer_norm_eps, group, *parameters.flat()
+        namespace, qkv, height, width, *eps, group, *parameters.flat()
     )
-    if running_means is not None and running_vars is not None:
-        _update_running(running_means, running_vars, mean.detach(), var.detach(), count, momentum)
-    return mixed, local
+    return mixed, local, BatchStatistics(mean.detach(), var.detach(), count)
 
 
 class _SplitHeads(torch.autograd.Function):
@@ -266,10 +264,12 @@ def group_mix_aggregate(
             list(depthwise_weights), list(pointwise_weights), list(norm_weights), list(norm_biases),
             layer_norm_weight, layer_norm_bias,
         )  # fmt: skip
-        mixed, local = aggregate_tokens(
-            kernels, qkv, size, parameters, running_means, running_vars, training, momentum, eps,
-            layer_norm_eps,
-        )  # fmt: skip
+        given = None if running_means is None or running_vars is None else (running_means, running_vars)
+        mixed, local, statistics = aggregate_tokens(
+            kernels, qkv, size, parameters, None if training else given, (eps, layer_norm_eps)
+        )
+        if statistics is not None and given is not None:
+            statistics.update(*given, momentum)
         return *split_heads(mixed), local
     return reference.group_mix_aggregate(
         qkv, size, depthwise_weights, pointwise_weights, norm_weights, norm_biases, running_means,

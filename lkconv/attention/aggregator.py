@@ -117,8 +117,14 @@ class GroupMixAggregator(nn.Module):
         norms = self.norms()
         if not all(is_plain(n, nn.BatchNorm2d, nn.SyncBatchNorm) and n.affine for n in norms):
             return False
-        settings = {(type(n), n.training, n.eps, n.momentum, n.running_mean is None) for n in norms}
-        return len(settings) == 1
+        settings = {
+            (
+                type(n), n.training, n.eps, n.momentum, n.track_running_stats, n.running_mean is None,
+                n.running_var is None, n.num_batches_tracked is None, getattr(n, "process_group", None),
+            )
+            for n in norms
+        }  # fmt: skip
+        return len(settings) == 1 and (norms[0].running_mean is None) == (norms[0].running_var is None)
 
     def _group(self) -> object | None:
         """The processes that share statistics, if any."""
@@ -128,19 +134,15 @@ class GroupMixAggregator(nn.Module):
             return group if dist.get_world_size(group) > 1 else None
         return None
 
-    def _momentum(self) -> float:
-        """Counts the batch, as BatchNorm does, and returns the weight it gets in the running statistics."""
-        for norm in self.norms():
-            norm.get_buffer("num_batches_tracked").add_(1)
-        momentum = self.norm0.momentum
-        return 1.0 / float(self.norm0.get_buffer("num_batches_tracked")) if momentum is None else momentum
+    def tokens(
+        self, namespace: str, qkv: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, fused.BatchStatistics | None]:
+        """qkv (B, N, 3 * C) -> mixed (3, B, N, 4 * d), local (B, N, d), through a namespace's fused op.
 
-    def tokens(self, namespace: str, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """qkv (B, N, 3 * C) -> mixed (3, B, N, 4 * d), local (B, N, d), through a namespace's fused op."""
+        The third result is for :meth:`track`, once nothing in the call can fail any more.
+        """
         norms = self.norms()
-        training = self.norm0.training or self.norm0.running_mean is None
-        track = self.norm0.running_mean is not None
-        momentum = self._momentum() if training and track else 0.0
+        by_batch = self.norm0.training or self.norm0.running_mean is None
         separable = [self.agg1, self.agg2, self.agg3, self.agg0.conv]
         parameters = AggregateParameters(
             tensors_of([s.conv1 for s in separable], "weight"),
@@ -155,14 +157,25 @@ class GroupMixAggregator(nn.Module):
             fused.autocast(qkv),
             size,
             parameters,
-            tensors_of(norms, "running_mean") if track else None,
-            tensors_of(norms, "running_var") if track else None,
-            training,
-            momentum,
-            self.norm0.eps,
-            self.agg0.norm.eps,
-            self._group() if training else None,
+            None if by_batch else (tensors_of(norms, "running_mean"), tensors_of(norms, "running_var")),
+            (self.norm0.eps, self.agg0.norm.eps),
+            self._group() if by_batch else None,
         )
+
+    def track(self, statistics: fused.BatchStatistics | None) -> None:
+        """Notes a batch in the running statistics, as the BatchNorms themselves do."""
+        norms, first = self.norms(), self.norm0
+        if statistics is None or not (first.training and first.track_running_stats):
+            return
+        momentum = first.momentum
+        if first.num_batches_tracked is not None:
+            for norm in norms:
+                norm.num_batches_tracked.add_(1)
+            if momentum is None:  # the average over all batches
+                momentum = 1.0 / float(first.num_batches_tracked)
+        if first.running_mean is not None:
+            means, variances = tensors_of(norms, "running_mean"), tensors_of(norms, "running_var")
+            statistics.update(means, variances, momentum or 0.0)
 
     def composed(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same from this module's own submodules, one after another."""
@@ -196,5 +209,6 @@ class GroupMixAggregator(nn.Module):
         namespace = self.namespace(qkv)
         if namespace is None:
             return self.composed(qkv, size)
-        mixed, local = self.tokens(namespace, qkv, size)
+        mixed, local, statistics = self.tokens(namespace, qkv, size)
+        self.track(statistics)
         return *fused.split_heads(mixed, self.num_heads), local

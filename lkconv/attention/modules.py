@@ -120,10 +120,11 @@ class GroupMixAttention(nn.Module):
         qkv = self.qkv(x)
         namespace = self.namespace(qkv)
         if namespace is not None:
-            mixed, local = self.aggregator.tokens(namespace, qkv, size)
+            mixed, local, statistics = self.aggregator.tokens(namespace, qkv, size)
             core = getattr(torch.ops, namespace).group_mix_attention
             parameters = self.crpe.parameter_lists()
             out, _, _ = core(mixed, local, size[0], size[1], *parameters, self.scale)
+            self.aggregator.track(statistics)
         else:
             q, k, v, local = self.aggregator(qkv, size)
             out = self.composed(q, k, v, local, size)
