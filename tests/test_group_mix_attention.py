@@ -1,13 +1,9 @@
 """GroupMixAttention and GroupMixBlock: values, gradients, names, modes, pictures."""
 
 import copy
-import multiprocessing
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import nn
 
 from group_mix_cases import SIZES, attention, relative, unfused
 from lkconv import GroupMixAttention, GroupMixBlock, reference
@@ -209,44 +205,6 @@ def test_autocast_runs_the_kernels_in_bfloat16():
 def lkconv_aggregate_under_autocast(module):
     with torch.autocast("cpu", torch.bfloat16):
         return module.aggregator(torch.randn(1, 49, 240), (7, 7))
-
-
-def _synchronised(rank, port, queue):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    aggregator = nn.SyncBatchNorm.convert_sync_batchnorm(attention(40, training=True).aggregator)
-    torch.manual_seed(3)
-    x = torch.randn(5, 12, 120, dtype=torch.float64)
-    mine = (x[:2] if rank == 0 else x[2:]).clone().requires_grad_()  # batches of different sizes
-    sum((t**2).sum() for t in aggregator(mine, (3, 4))).backward()
-    queue.put((rank, mine.grad.numpy(), aggregator.norm2.running_var.numpy()))
-    dist.destroy_process_group()
-
-
-def test_synchronised_batch_norm():
-    """Two processes with half the batch each get what one process with the whole batch gets."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_synchronised, args=(r, port, queue)) for r in range(2)]
-    for w in workers:
-        w.start()
-    results = sorted((queue.get(timeout=90) for _ in workers), key=lambda r: r[0])
-    for w in workers:
-        w.join(30)
-        assert w.exitcode == 0
-    torch.manual_seed(0)
-    aggregator = attention(40, training=True).aggregator
-    torch.manual_seed(3)
-    x = torch.randn(5, 12, 120, dtype=torch.float64, requires_grad=True)
-    sum((t**2).sum() for t in aggregator(x, (3, 4))).backward()
-    grads = torch.cat([torch.from_numpy(g) for _, g, _ in results])
-    torch.testing.assert_close(grads, x.grad, rtol=1e-9, atol=1e-11)
-    for _, _, var in results:
-        torch.testing.assert_close(torch.from_numpy(var), aggregator.norm2.running_var)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -126,13 +126,12 @@ class GroupMixAggregator(nn.Module):
         }  # fmt: skip
         return len(settings) == 1 and (norms[0].running_mean is None) == (norms[0].running_var is None)
 
-    def _group(self) -> object | None:
-        """The processes that share statistics, if any."""
+    def _group(self) -> fused.Group | None:
+        """The processes that share the statistics of this batch, if any."""
         norm = self.norm0
-        if isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
-            group = norm.process_group or dist.group.WORLD
-            return group if dist.get_world_size(group) > 1 else None
-        return None
+        if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available()):
+            return None
+        return fused.shared_group(norm.process_group or dist.group.WORLD)
 
     def tokens(
         self, namespace: str, qkv: Tensor, size: tuple[int, int]
@@ -159,7 +158,7 @@ class GroupMixAggregator(nn.Module):
             parameters,
             None if by_batch else (tensors_of(norms, "running_mean"), tensors_of(norms, "running_var")),
             (self.norm0.eps, self.agg0.norm.eps),
-            self._group() if by_batch else None,
+            self._group(),
         )
 
     def track(self, statistics: fused.BatchStatistics | None) -> None:
@@ -198,7 +197,7 @@ class GroupMixAggregator(nn.Module):
 
     def namespace(self, qkv: Tensor) -> str | None:
         """Whose fused kernels this call takes; None where it runs as plain PyTorch."""
-        return fused.namespace(qkv) if self._fusible() else None
+        return fused.namespace(qkv, self._group() is not None) if self._fusible() else None
 
     @backends.retried
     def forward(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

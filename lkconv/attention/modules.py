@@ -11,6 +11,7 @@ from .. import backends
 from .. import reference_group_mix as reference
 from .._hooks import is_plain
 from ..modules import DepthwiseConv2d
+from . import aggregate as fused
 from .aggregator import GroupMixAggregator, tensors_of
 from .checks import check_dim, check_tokens
 from .plain import is_plain_depthwise
@@ -113,6 +114,13 @@ class GroupMixAttention(nn.Module):
         out = self.scale * (q @ (weights.transpose(-1, -2) @ v)) + self.crpe(q, v, size)
         return torch.cat([out.transpose(1, 2).flatten(2), local], dim=-1)
 
+    def _core(self, namespace: str, mixed: Tensor, local: Tensor, size: tuple[int, int]) -> Tensor:
+        """The attention core through a namespace's op: mixed (3, B, N, 4 * d) and local -> (B, N, C)."""
+        if mixed.numel() == 0:  # a process without images among others that share statistics
+            return self.composed(*fused.split_heads(mixed), local, size)
+        core = getattr(torch.ops, namespace).group_mix_attention
+        return core(mixed, local, size[0], size[1], *self.crpe.parameter_lists(), self.scale)[0]
+
     @backends.retried
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """x (B, N, C), tokens of an H x W grid -> (B, N, C)."""
@@ -121,9 +129,7 @@ class GroupMixAttention(nn.Module):
         namespace = self.namespace(qkv)
         if namespace is not None:
             mixed, local, statistics = self.aggregator.tokens(namespace, qkv, size)
-            core = getattr(torch.ops, namespace).group_mix_attention
-            parameters = self.crpe.parameter_lists()
-            out, _, _ = core(mixed, local, size[0], size[1], *parameters, self.scale)
+            out = self._core(namespace, mixed, local, size)
             self.aggregator.track(statistics)
         else:
             q, k, v, local = self.aggregator(qkv, size)

@@ -146,6 +146,14 @@ def _(grad_out, mixed, log_sum, context, height, width, position_weight, positio
     return mixed.new_empty(mixed.shape), mixed.new_empty(count, dtype=accumulation_dtype(mixed))
 
 
+def call(ops: Any, name: str, qkv: Tensor, *arguments: Any) -> Any:
+    """An op's outputs for a batch, qkv's; zeros for one without images, which kernels do not take but which
+    a process that shares statistics with others may have."""
+    if qkv.numel():
+        return getattr(ops, name)(*arguments)
+    return torch.utils._pytree.tree_map(torch.zero_, OUTPUTS[name](*arguments))
+
+
 # ---- gradients --------------------------------------------------------------------------------------------
 def aggregate_backward(
     ops: Any,
@@ -163,9 +171,9 @@ def aggregate_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of qkv and of depthwise (4), pointwise (4), LayerNorm's weight and bias, in this order."""
     depthwise, pointwise, nw, nb, lw, lb = parameters
-    grad_qkv, flat = ops.group_mix_backward(
-        grad_mixed, grad_local, qkv, premix, prelocal, *size, depthwise, pointwise, nw, nb, *statistics,
-        lw, lb, *eps, sums, count,
+    grad_qkv, flat = call(
+        ops, "group_mix_backward", qkv, grad_mixed, grad_local, qkv, premix, prelocal, *size, depthwise,
+        pointwise, nw, nb, *statistics, lw, lb, *eps, sums, count,
     )  # fmt: skip
     return grad_qkv, unpack(flat, [*depthwise, *pointwise, lw, lb])
 
