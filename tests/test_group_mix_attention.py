@@ -170,6 +170,21 @@ def test_attention_maps_explain_the_output():
         module.attention_maps(x, size, [20])
 
 
+def test_attention_maps_of_a_block():
+    block, size = GroupMixBlock(40, qkv_bias=True).double(), (4, 5)
+    x = torch.randn(2, 20, 40, dtype=torch.float64)
+    seen = []
+    block.att.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    block(x, size)
+    before = copy.deepcopy(block.state_dict())
+    maps = block.attention_maps(x, size, [3, 11])
+    torch.testing.assert_close(maps, block.att.attention_maps(seen[0], size, [3, 11]))
+    assert maps.shape == (2, 8, 2, 4, 5) and not maps.requires_grad
+    assert all(torch.equal(before[n], t) for n, t in block.state_dict().items())
+    with pytest.raises(ValueError, match="size"):
+        block.attention_maps(x, (4, 6), [0])
+
+
 @pytest.mark.parametrize("dim,message", [(41, "multiple of 5"), (45, "divisible by 8"), (0, "positive")])
 def test_dimensions(dim, message):
     with pytest.raises(ValueError, match=message):

@@ -91,7 +91,8 @@ class GroupMixAttention(nn.Module):
         self.aggregator = GroupMixAggregator(dim, num_heads)
         self.crpe = PositionEncoding(dim // 5 * 4 // num_heads)
 
-    def _check(self, x: Tensor, size: tuple[int, int]) -> None:
+    def check(self, x: Tensor, size: tuple[int, int]) -> None:
+        """Raises what is wrong with the arguments of a call."""
         check_tokens(x, size, "x")
         if x.shape[2] != self.dim:
             raise ValueError(f"x must have dim = {self.dim} channels, got {x.shape[2]}")
@@ -124,7 +125,7 @@ class GroupMixAttention(nn.Module):
     @backends.retried
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """x (B, N, C), tokens of an H x W grid -> (B, N, C)."""
-        self._check(x, size)
+        self.check(x, size)
         qkv = self.qkv(x)
         namespace = self.namespace(qkv)
         if namespace is not None:
@@ -155,7 +156,7 @@ class GroupMixAttention(nn.Module):
             ValueError: a shape does not fit, or a query is not one of the tokens.
             TypeError: x is not a floating-point tensor.
         """
-        self._check(x, size)
+        self.check(x, size)
         if any(not 0 <= i < x.shape[1] for i in queries):
             raise ValueError(f"queries must lie in [0, {x.shape[1]}), got {list(queries)}")
         training = [m.training for m in self.aggregator.modules()]
@@ -251,3 +252,22 @@ class GroupMixBlock(nn.Module):
         x = self.cpe(x, size)
         x = x + self.drop_path(self.att(self.norm1(x), size))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    @torch.no_grad()
+    def attention_maps(self, x: Tensor, size: tuple[int, int], queries: Sequence[int]) -> Tensor:
+        """:meth:`GroupMixAttention.attention_maps` of what this block's attention sees.
+
+        Args:
+            x: (B, N, C), what the block is called with.
+            size: (H, W) of the token grid.
+            queries: token indices in [0, N).
+
+        Returns:
+            (B, 8, len(queries), H, W).
+
+        Raises:
+            ValueError: a shape does not fit, or a query is not one of the tokens.
+            TypeError: x is not a floating-point tensor.
+        """
+        self.att.check(x, size)
+        return self.att.attention_maps(self.norm1(self.cpe(x, size)), size, queries)
