@@ -98,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         description=group_mix.__doc__,
     )
     group_mix.add_arguments(mix)
-    mix.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own choice)")
-    mix.set_defaults(run=group_mix.run, device="cpu")
+    _add_common(mix)
+    mix.set_defaults(run=group_mix.run)
     blocks = commands.add_parser("reparam", help="blocks as branches, fused and merged: time and memory")
     reparam.add_arguments(blocks)
     blocks.set_defaults(run=reparam.run)
