@@ -21,5 +21,7 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
     Parametrisations (``torch.nn.utils.parametrize``) are allowed: they show in the parameter that is read.
     """
-    kind = type(module).__bases__[0] if is_parametrized(module) else type(module)
+    kind = type(module)
+    if kind not in kinds:  # asked first: a module that has no parametrisations is slow to say so
+        kind = kind.__bases__[0] if is_parametrized(module) else kind
     return kind in kinds and not has_hooks(module) and "forward" not in module.__dict__

@@ -76,6 +76,30 @@ def test_core_in_half_types(dim, dtype):
         assert relative(ours, exact) <= 2 * relative(eager, exact) + torch.finfo(dtype).eps / 4
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [40, 80, 200, 320])
+def test_half_types_err_at_most_twice_as_much_as_eager(dim, dtype, training):
+    """The whole module: output and gradients of the input and the parameters, against the composition."""
+    size = (9, 8)
+    module = attention(dim, training=training).to(dtype)
+    exact, eager = unfused(module), unfused(module, dtype)
+    x = torch.randn(3, 72, dim).to(dtype)
+    grad = torch.randn(x.shape).to(dtype)
+    results = []
+    for m in (exact, eager, module):
+        leaf = x.to(next(m.parameters()).dtype).requires_grad_()
+        out = m(leaf, size)
+        out.backward(grad.to(out.dtype))
+        theirs, first = m is not module, m.aggregation.mixers[3] if m is not module else m.aggregator.agg3
+        depthwise, pointwise = tuple(first) if theirs else (first.conv1, first.pointwise_conv)
+        weights = [m.qkv.weight, m.proj.weight, depthwise.weight, pointwise.weight]
+        results.append((out, leaf.grad, *(w.grad for w in weights)))
+    eps = torch.finfo(dtype).eps / 4
+    for i, (right, theirs, ours) in enumerate(zip(*results, strict=True)):
+        assert relative(ours, right) <= 2 * relative(theirs, right) + eps, i
+
+
 def test_core_gradcheck():
     module, size = attention(10), (3, 4)
     weights, biases = module.crpe.parameter_lists()

@@ -18,7 +18,7 @@ from .batch_statistics import (
     shared_group,
 )
 from .checks import MOST_SEGMENT, check_aggregate
-from .derivatives import under_derivative
+from .derivatives import apply, eager_form, under_derivative
 from .parameters import AggregateParameters
 
 
@@ -93,9 +93,12 @@ class _SplitHeads(torch.autograd.Function):
         return torch.stack([g.transpose(1, 2).reshape(ctx.shape[1:]) for g in grads]), None
 
 
+_SplitHeadsEager = eager_form(_SplitHeads)
+
+
 def split_heads(mixed: Tensor, num_heads: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as (B, heads, N, 4 * d / heads): views of (3, B, N, 4 * d)."""
-    return _SplitHeads.apply(mixed, num_heads)
+    return apply(_SplitHeads, _SplitHeadsEager, mixed, num_heads)
 
 
 @backends.retried

@@ -39,10 +39,11 @@ class SeparableConv2d(nn.Module):
 
 def _is_plain_separable(module: Any, in_channels: int, out_channels: int, kernel_size: int) -> bool:
     """Whether calling the module is these two convolutions and nothing else."""
-    return (
-        is_plain(module, SeparableConv2d)
-        and is_plain_depthwise(module.conv1, in_channels, kernel_size, False)
-        and is_plain_pointwise(module.pointwise_conv, in_channels, out_channels)
+    if not is_plain(module, SeparableConv2d):
+        return False
+    children = module._modules
+    return is_plain_depthwise(children["conv1"], in_channels, kernel_size, False) and is_plain_pointwise(
+        children["pointwise_conv"], in_channels, out_channels
     )
 
 
@@ -61,12 +62,16 @@ class LocalBranch(nn.Module):
 
 def _is_plain_local(module: Any, d: int) -> bool:
     """Whether calling the module is the formula of :class:`LocalBranch` and nothing else."""
-    if not (is_plain(module, LocalBranch) and _is_plain_separable(module.conv, 3 * d, d, KERNELS[3])):
+    if not is_plain(module, LocalBranch):
         return False
-    norm = module.norm
-    if not (is_plain(norm, nn.LayerNorm) and norm.normalized_shape == (d,)):
-        return False
-    return norm.weight is not None and norm.bias is not None
+    conv, norm = module._modules["conv"], module._modules["norm"]
+    return (
+        _is_plain_separable(conv, 3 * d, d, KERNELS[3])
+        and is_plain(norm, nn.LayerNorm)
+        and norm.normalized_shape == (d,)
+        and norm.weight is not None
+        and norm.bias is not None
+    )
 
 
 class GroupMixAggregator(nn.Module):
@@ -101,15 +106,16 @@ class GroupMixAggregator(nn.Module):
         self.agg0 = LocalBranch(d)
 
     def norms(self) -> list[Any]:
-        return [self.norm0, self.norm1, self.norm2, self.norm3]
+        children = self._modules  # attributes that are modules are slow to look up, and a call asks for many
+        return [children["norm0"], children["norm1"], children["norm2"], children["norm3"]]
 
     def _fusible(self) -> bool:
         """Whether calling the submodules is the formula of the fused op and nothing else."""
-        d, mixers = self.dim // 5, [self.agg1, self.agg2, self.agg3]
+        d, children = self.dim // 5, self._modules
         return (
             self._norms_agree()
-            and all(_is_plain_separable(m, d, d, k) for m, k in zip(mixers, KERNELS, strict=False))
-            and _is_plain_local(self.agg0, d)
+            and all(_is_plain_separable(children[f"agg{i}"], d, d, KERNELS[i - 1]) for i in (1, 2, 3))
+            and _is_plain_local(children["agg0"], d)
         )
 
     def _norms_agree(self) -> bool:
@@ -117,14 +123,17 @@ class GroupMixAggregator(nn.Module):
         norms = self.norms()
         if not all(is_plain(n, nn.BatchNorm2d, nn.SyncBatchNorm) and n.affine for n in norms):
             return False
-        settings = {
+        settings = [
             (
-                type(n), n.training, n.eps, n.momentum, n.track_running_stats, n.running_mean is None,
-                n.running_var is None, n.num_batches_tracked is None, getattr(n, "process_group", None),
+                type(n), n.training, n.eps, n.momentum, n.track_running_stats,
+                n.process_group if isinstance(n, nn.SyncBatchNorm) else None,
+                *(t is None for t in n._buffers.values()),
             )
             for n in norms
-        }  # fmt: skip
-        return len(settings) == 1 and (norms[0].running_mean is None) == (norms[0].running_var is None)
+        ]  # fmt: skip
+        first = norms[0]
+        whole = (first.running_mean is None) == (first.running_var is None)
+        return whole and all(s == settings[0] for s in settings[1:])
 
     def _group(self) -> fused.Group | None:
         """The processes that share the statistics of this batch, if any."""

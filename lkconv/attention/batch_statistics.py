@@ -12,10 +12,22 @@ from torch import Tensor
 
 from .. import reference_group_mix as reference
 from . import registration
-from .derivatives import accumulation_dtype, composed_aggregate, differentiable_gradients, sample_of
+from .derivatives import (
+    accumulation_dtype,
+    apply,
+    composed_aggregate,
+    differentiable_gradients,
+    eager_form,
+    sample_of,
+)
 from .parameters import AggregateParameters
 
 Group = Any  # a torch.distributed process group
+
+
+def _number(values: int, like: Tensor) -> Tensor:
+    """A number as a tensor: floats are constants to compilers, which would compile every batch size anew."""
+    return torch.full((), values, dtype=torch.int64, device=like.device).double()
 
 
 class BatchStatistics(NamedTuple):
@@ -23,17 +35,19 @@ class BatchStatistics(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    values: float
+    values: int
 
     def update(self, means: Sequence[Tensor], variances: Sequence[Tensor], momentum: float) -> None:
         """running <- (1 - momentum) running + momentum batch, the variance being the unbiased estimate."""
         if self.values == 0:  # no process has an image
             return
         with torch.no_grad():
-            unbiased = self.var * (self.values / (self.values - 1))
-            for i in range(4):
-                means[i].lerp_(self.mean[i].to(means[i].dtype), momentum)
-                variances[i].lerp_(unbiased[i].to(variances[i].dtype), momentum)
+            values = _number(self.values, self.var)
+            unbiased = self.var * (values / (values - 1)).to(self.var.dtype)
+            for running, batch in ((means, self.mean), (variances, unbiased)):
+                parts = batch.to(running[0].dtype).unbind()
+                for one, part in zip(running, parts, strict=True):
+                    one.lerp_(part.to(one.dtype), momentum)
 
 
 def shared_group(group: Group) -> Group | None:
@@ -44,7 +58,7 @@ def shared_group(group: Group) -> Group | None:
 
 
 # ---- through the fused ops --------------------------------------------------------------------------------
-def _combine_statistics(mean: Tensor, var: Tensor, count: int, group: Group) -> tuple[Tensor, Tensor, float]:
+def _combine_statistics(mean: Tensor, var: Tensor, count: int, group: Group) -> tuple[Tensor, Tensor, int]:
     """Statistics over all processes of a group, with one collective for the four BatchNorms."""
     mine = torch.cat([mean.double().flatten(), var.double().flatten(), mean.new_tensor([count]).double()])
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
@@ -55,7 +69,7 @@ def _combine_statistics(mean: Tensor, var: Tensor, count: int, group: Group) -> 
     share = (counts / counts.sum().clamp(min=1)).view(-1, 1, 1)
     total_mean = (means * share).sum(0)
     total_var = ((variances + (means - total_mean) ** 2) * share).sum(0)
-    return total_mean.to(mean.dtype), total_var.to(var.dtype), float(counts.sum())
+    return total_mean.to(mean.dtype), total_var.to(var.dtype), int(counts.sum())
 
 
 class _NormalisedByBatch(torch.autograd.Function):
@@ -73,9 +87,9 @@ class _NormalisedByBatch(torch.autograd.Function):
         premix, prelocal, local, mean, var = registration.call(
             ops, "group_mix_mix", qkv, qkv, height, width, depthwise, pointwise, lw, lb, layer_norm_eps
         )
-        count: float = 3 * qkv.shape[0] * qkv.shape[1]
+        count = 3 * qkv.shape[0] * qkv.shape[1]
         if group is not None:
-            mean, var, count = _combine_statistics(mean, var, int(count), group)
+            mean, var, count = _combine_statistics(mean, var, count, group)
         mixed = registration.call(ops, "group_mix_normalize", qkv, qkv, premix, nw, nb, mean, var, eps)
         return mixed, local, mean, var, count, premix, prelocal
 
@@ -119,13 +133,17 @@ class _NormalisedByBatch(torch.autograd.Function):
         if ctx.group is not None:
             sums = sums.clone()
             dist.all_reduce(sums, group=ctx.group)
+        means = sums / _number(ctx.count, sums)  # of which the op is told that they are of one value
         grad_qkv, grads = registration.aggregate_backward(
             ops, grad_mixed, grad_local, qkv, premix, prelocal, size, parameters, (mean, var),
-            eps, sums, float(ctx.count),
+            eps, means, 1.0,
         )  # fmt: skip
         return (
             None, grad_qkv, None, None, None, None, None, *grads[:8], *grad_nw, *grad_nb, *grads[8:],
         )  # fmt: skip
+
+
+_NormalisedByBatchEager = eager_form(_NormalisedByBatch)
 
 
 def normalised_by_batch(
@@ -137,8 +155,8 @@ def normalised_by_batch(
     group: Group,
 ) -> tuple[Tensor, Tensor, BatchStatistics]:
     """mixed (3, B, N, 4 * d), local (B, N, d) and the statistics, through a namespace's fused ops."""
-    mixed, local, mean, var, count, _, _ = _NormalisedByBatch.apply(
-        namespace, qkv, *size, *eps, group, *parameters.flat()
+    mixed, local, mean, var, count, _, _ = apply(
+        _NormalisedByBatch, _NormalisedByBatchEager, namespace, qkv, *size, *eps, group, *parameters.flat()
     )
     return mixed, local, BatchStatistics(mean.detach(), var.detach(), count)
 
@@ -185,7 +203,7 @@ def composed_synchronised(
         for u, a, b in zip(wide, scale, shift, strict=True)
     ]
     local = reference.local_branch(qkv, size, depthwise[3], pointwise[3], lw, lb, eps[1])
-    found = BatchStatistics(mean.detach(), var.detach(), float(values.detach()))
+    found = BatchStatistics(mean.detach(), var.detach(), int(values.detach()))
     return *reference.heads_of([F.hardswish(u) for u in normal]), local, found
 
 
