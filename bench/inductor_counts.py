@@ -1,4 +1,4 @@
-"""What ``torch.compile`` made of a function: kernels and the bytes they read and write, as Inductor counts."""
+"""What ``torch.compile`` made of a function: kernels and the bytes they read and write."""
 
 from __future__ import annotations
 

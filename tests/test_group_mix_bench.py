@@ -69,3 +69,16 @@ def test_the_command_writes_rows(tmp_path):
     content = json.loads(path.read_text())
     assert content["machine"]["device"] == "cpu" and "torch" in content["versions"]
     assert [r["implementation"] for r in content["rows"]] == ["lkconv", "eager"]
+
+
+def test_a_disturbed_measurement_is_repeated_and_marked(monkeypatch):
+    class Busy(group_mix.Contention):
+        loads = iter([0.9, 0.4, 0.6])
+
+        def __exit__(self, *unused):
+            self.cores = next(Busy.loads)
+
+    monkeypatch.setattr(group_mix, "Contention", Busy)
+    budget = measure.Budget(seconds=0.01, turns=1)
+    rows = group_mix.measure_stage("M", 4, 40, 7, 1, "aggregation", torch.float32, False, False, budget)
+    assert rows[0].foreign_cores == 0.4 and "others used 0.4 cores" in group_mix.show(rows[0])
