@@ -12,7 +12,17 @@ from importlib import import_module
 import torch
 from tqdm import tqdm
 
-from bench import depthwise_conv2d, group_mix, machine, reparam, report, roofline, table, verdicts
+from bench import (
+    depthwise_conv2d,
+    group_mix,
+    machine,
+    reparam,
+    report,
+    roofline,
+    segmented,
+    table,
+    verdicts,
+)
 from bench.allocator import keep_freed_memory
 from bench.implementations import is_ours, why_not
 from bench.predict import tables as predictions
@@ -98,8 +108,16 @@ def _parser() -> argparse.ArgumentParser:
         description=group_mix.__doc__,
     )
     group_mix.add_arguments(mix)
-    mix.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own choice)")
-    mix.set_defaults(run=group_mix.run, device="cpu")
+    _add_common(mix)
+    mix.set_defaults(run=group_mix.run)
+    slices = commands.add_parser(
+        "segmented",
+        help="windows on slices of channels (InceptionNeXt) against PyTorch",
+        description=segmented.__doc__,
+    )
+    segmented.add_arguments(slices)
+    _add_common(slices)
+    slices.set_defaults(run=segmented.run)
     blocks = commands.add_parser("reparam", help="blocks as branches, fused and merged: time and memory")
     reparam.add_arguments(blocks)
     blocks.set_defaults(run=reparam.run)

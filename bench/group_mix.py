@@ -1,13 +1,14 @@
 """Group-Mix attention: every stage of every model, fused against the chain of PyTorch operators.
 
 The peer is ``bench.models.group_mix_unfused``, as it is and under ``torch.compile``. Each row says how many
-kernels a step launches and how many bytes they read and write, and is timed only when its outputs and input
-gradients agree with float64.
+kernels a step launches and how many bytes they read and write (of compiled code as its compiler counts them),
+and is timed only when its outputs, and in training the input's gradient, agree with float64.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,13 +17,15 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import machine, measure
+from bench import inductor_counts, machine, measure
+from bench.contention import BUSY, Contention
 from bench.models.group_mix_former import CONFIGS
 from bench.models.group_mix_unfused import UnfusedAttention
 from lkconv import GroupMixAttention
 
 PARTS = ("aggregation", "attention")
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+TRIES = 3  # of a measurement that others disturb
 STEM = 4  # pixels per token of the first stage, along either axis
 
 
@@ -39,11 +42,12 @@ class Row:
     dtype: str
     mode: str
     implementation: str
-    kernels: int | None
-    megabytes: float | None
+    kernels: int
+    megabytes: float
     error: float
     median: float | None
     ratio: float | None = None
+    foreign_cores: float | None = None  # kept busy by others meanwhile
 
 
 class Traffic(TorchDispatchMode):
@@ -74,13 +78,15 @@ def stages(names: list[str], image: int) -> list[tuple[str, int, int, int]]:
     return rows
 
 
-def _modules(channels: int, dtype: torch.dtype, training: bool) -> tuple[GroupMixAttention, UnfusedAttention]:
+def _modules(
+    channels: int, dtype: torch.dtype, training: bool, device: str = "cpu"
+) -> tuple[GroupMixAttention, UnfusedAttention]:
     torch.manual_seed(0)
     fused = GroupMixAttention(channels, qkv_bias=True).train(training)
     for norm in fused.aggregator.norms():
         norm.running_var.uniform_(0.5, 2)
-    fused = fused.to(dtype)
-    return fused, UnfusedAttention(channels).to(dtype).copy_from(fused)
+    fused = fused.to(device, dtype)
+    return fused, UnfusedAttention(channels).to(device, dtype).copy_from(fused)
 
 
 def _outputs(part: str, fused: GroupMixAttention, plain: UnfusedAttention) -> dict[str, Callable]:
@@ -95,8 +101,20 @@ def _outputs(part: str, fused: GroupMixAttention, plain: UnfusedAttention) -> di
     return {"lkconv": lambda x, size: (fused(x, size),), "eager": lambda x, size: (plain(x, size),)}
 
 
-def _flat(out: tuple) -> list[torch.Tensor]:
-    return [t if isinstance(t, torch.Tensor) else torch.stack(t) for t in out]
+def _seeds(outputs: list[torch.Tensor | tuple]) -> list[torch.Tensor]:
+    """Gradients of the outputs, the same for every implementation, in the memory layout of each output."""
+    generator, found = torch.Generator().manual_seed(1), []
+    for out in outputs:
+        parts = out if isinstance(out, tuple) else (out,)
+        shape = (len(out), *out[0].shape) if isinstance(out, tuple) else out.shape
+        seed = torch.randn(shape, generator=generator, dtype=torch.float64)
+        for t, s in zip(parts, seed.unbind() if isinstance(out, tuple) else (seed,), strict=True):
+            found.append(torch.empty_like(t).copy_(s))
+    return found
+
+
+def _flat(outputs: list[torch.Tensor | tuple]) -> list[torch.Tensor]:
+    return [t for o in outputs for t in (o if isinstance(o, tuple) else (o,))]
 
 
 def _step(function: Callable, x: torch.Tensor, size: tuple[int, int], training: bool) -> Callable[[], list]:
@@ -109,32 +127,63 @@ def _step(function: Callable, x: torch.Tensor, size: tuple[int, int], training: 
 
         return forward
     leaf = x.detach().requires_grad_()
-    weights: list[torch.Tensor] = []
+    seeds: list[torch.Tensor] = []
 
     def step():
         leaf.grad = None
-        out = [t for o in function(leaf, size) for t in (o if isinstance(o, tuple) else (o,))]
-        if not weights:
-            torch.manual_seed(1)
-            weights.extend(torch.randn_like(t, memory_format=torch.preserve_format) for t in out)
-        torch.autograd.backward(out, weights)
-        return [*out, leaf.grad]
+        outputs = list(function(leaf, size))
+        if not seeds:
+            seeds.extend(_seeds(outputs))
+        torch.autograd.backward(_flat(outputs), seeds)
+        return [*outputs, leaf.grad]
 
     return step
 
 
-def _error(part: str, step: Callable, function: Callable, exact: Callable, x: torch.Tensor, size) -> float:
-    """Largest relative error of the outputs, and with gradients of the input's gradient."""
+def _error(results: list, exact: list) -> float:
+    """Largest relative error of the outputs, and in training of the input's gradient."""
     worst = 0.0
-    leaf, leaf64 = x.detach().requires_grad_(), x.detach().double().requires_grad_()
-    outs, expected = _flat(function(leaf, size)), _flat(exact(leaf64, size))
-    torch.manual_seed(1)
-    seeds = [torch.randn(o.shape, dtype=torch.float64) for o in expected]
-    torch.autograd.backward(expected, seeds)
-    torch.autograd.backward(outs, [s.to(o.dtype) for s, o in zip(seeds, outs, strict=True)])
-    for a, b in zip([*outs, leaf.grad], [*expected, leaf64.grad], strict=True):
-        worst = max(worst, float((a.detach().double() - b.detach()).norm() / b.detach().norm()))
+    for a, b in zip(results, exact, strict=True):
+        a, b = (torch.stack(t) if isinstance(t, tuple) else t for t in (a, b))
+        difference = a.detach().double() - b.detach()
+        worst = max(worst, float(difference.norm() / b.detach().norm()))
     return worst
+
+
+def _counted(step: Callable, compiled: bool) -> tuple[int, int]:
+    """Kernels and bytes of one step, which is the first."""
+    if compiled:
+        with inductor_counts.counting() as found:
+            step()
+        return found.kernels, found.bytes
+    with Traffic() as traffic:
+        step()
+    return traffic.kernels, traffic.bytes
+
+
+def _calm_medians(
+    runs: dict[str, Callable], x: torch.Tensor, budget: measure.Budget
+) -> tuple[dict[str, float], float | None]:
+    """Median seconds, and the cores that other processes kept busy: measured again while they do."""
+    best: tuple[dict[str, float], float | None] | None = None
+    for _ in range(TRIES):
+        with Contention() as contention:
+            medians = _medians(runs, x, budget)
+        if best is None or (contention.cores or 0) < (best[1] or 0):
+            best = medians, contention.cores
+        if not contention.busy:
+            break
+    assert best is not None
+    return best
+
+
+def _medians(runs: dict[str, Callable], x: torch.Tensor, budget: measure.Budget) -> dict[str, float]:
+    if x.device.type == "cuda":
+        cache = machine.l2_bytes("cuda")
+        times = measure.time_cuda({n: [r] for n, r in runs.items()}, x.nbytes, cache, budget)
+    else:
+        times = measure.time_cpu(runs, budget)
+    return {name: t.summary()["median"] for name, t in times.items()}
 
 
 def measure_stage(
@@ -148,35 +197,33 @@ def measure_stage(
     training: bool,
     compiled: bool,
     budget: measure.Budget,
+    device: str = "cpu",
 ) -> list[Row]:
     """The rows of one stage: the gate, then the timing of what passed it, in turns."""
     size = (side, side)
-    fused, plain = _modules(channels, dtype, training)
+    fused, plain = _modules(channels, dtype, training, device)
     functions = _outputs(part, fused, plain)
     if compiled:
-        functions["compiled"] = torch.compile(functions["eager"])
-    exact = _outputs(part, fused, UnfusedAttention(channels).double().copy_from(fused).double())["eager"]
+        functions["compiled"] = inductor_counts.compiled(functions["eager"])
+    exact = UnfusedAttention(channels).to(device).double().copy_from(fused).double()
     width = 3 * channels if part == "aggregation" else channels
-    x = torch.randn(batch, side * side, width).to(dtype)
+    x = torch.randn(batch, side * side, width).to(device, dtype)
+    expected = _step(_outputs(part, fused, exact)["eager"], x.double(), size, training)()
     rows, runs = [], {}
     for name, function in functions.items():
         step = _step(function, x, size, training)
-        error = _error(part, step, function, exact, x, size)
-        kernels = megabytes = None
-        if name != "compiled":
-            with Traffic() as traffic:
-                step()
-            kernels, megabytes = traffic.kernels, traffic.bytes / 1e6
+        kernels, moved = _counted(step, name == "compiled")
+        error = _error(step(), expected)
         # The gradient crosses hardswish, whose slope jumps at 3: an input there flips with the rounding.
         if error <= 4 * LIMITS[dtype]:
             runs[name] = step
         rows.append(
             Row(model, stage, channels, size, batch, part, str(dtype).removeprefix("torch."),
-                "training" if training else "forward", name, kernels, megabytes, error, None)
+                "training" if training else "forward", name, kernels, moved / 1e6, error, None)
         )  # fmt: skip
-    times = measure.time_cpu(runs, budget)
-    medians = {name: t.summary()["median"] for name, t in times.items()}
+    medians, foreign = _calm_medians(runs, x, budget)
     for row in rows:
+        row.foreign_cores = foreign
         row.median = medians.get(row.implementation)
         if row.median and "lkconv" in medians:
             row.ratio = row.median / medians["lkconv"]
@@ -185,12 +232,17 @@ def measure_stage(
 
 def show(row: Row) -> str:
     """One line."""
-    work = "" if row.kernels is None else f"{row.kernels:4d} kernels {row.megabytes:8.1f} MB"
+    work = f"{row.kernels:4d} kernels {row.megabytes:8.1f} MB"
     time = "WRONG, not timed" if row.median is None else f"{row.median * 1e3:9.3f} ms"
     ratio = "" if row.ratio is None else f"{row.ratio:6.2f}x of lkconv's time"
     where = f"{row.model}{row.stage} C={row.channels:<3d} {row.tokens[0]}x{row.tokens[1]} N={row.batch}"
     what = f"{row.part:<11s} {row.dtype:<8s} {row.mode:<8s} {row.implementation:<8s}"
-    return f"{where} {what} {work:<26s} error {row.error:.1e} {time} {ratio}"
+    disturbed = f" [disturbed: others used {row.foreign_cores:.1f} cores]" if _disturbed(row) else ""
+    return f"{where} {what} {work:<26s} error {row.error:.1e} {time} {ratio}{disturbed}"
+
+
+def _disturbed(row: Row) -> bool:
+    return row.foreign_cores is not None and row.foreign_cores > BUSY
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -204,27 +256,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", type=int, nargs="+", choices=[1, 2, 3, 4], default=[1, 2, 3, 4])
     parser.add_argument("--compile", action="store_true", help="also the peer under torch.compile (slow)")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--json", metavar="FILE", help="write all rows")
+    parser.add_argument("--json", metavar="FILE", help="write all rows, after every stage")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures and prints; 1 when a result of lkconv is wrong."""
-    facts = machine.machine("cpu")
+    facts = machine.machine(arguments.device)
     print(machine.describe(facts), flush=True)
     budget = measure.QUICK if arguments.quick else measure.FULL
     rows: list[Row] = []
     for model, stage, channels, side in stages(arguments.model, arguments.image):
-        for part in arguments.part if stage in arguments.stage else []:
-            for dtype in arguments.dtype:
-                for mode in arguments.mode:
-                    found = measure_stage(
-                        model, stage, channels, side, arguments.batch, part, getattr(torch, dtype),
-                        mode == "training", arguments.compile, budget,
-                    )  # fmt: skip
-                    rows += found
-                    print("\n".join(show(r) for r in found), flush=True)
-    if arguments.json:
-        Path(arguments.json).write_text(
-            json.dumps({"machine": facts, "rows": [asdict(r) for r in rows]}, indent=1)
-        )
+        cells = itertools.product(arguments.part, arguments.dtype, arguments.mode)
+        for part, dtype, mode in cells if stage in arguments.stage else ():
+            found = measure_stage(
+                model, stage, channels, side, arguments.batch, part, getattr(torch, dtype),
+                mode == "training", arguments.compile, budget, arguments.device,
+            )  # fmt: skip
+            rows += found
+            print("\n".join(show(r) for r in found), flush=True)
+            if arguments.json:
+                _save(arguments.json, facts, rows)
     return int(any(r.median is None for r in rows if r.implementation == "lkconv"))
+
+
+def _save(path: str, facts: dict, rows: list[Row]) -> None:
+    content = {"machine": facts, "versions": machine.versions(), "rows": [asdict(r) for r in rows]}
+    Path(path).write_text(json.dumps(content, indent=1))

@@ -23,6 +23,44 @@ def _separable(x: Tensor, depthwise: Tensor, pointwise: Tensor) -> Tensor:
     return F.conv2d(x, pointwise.to(x.dtype).reshape(pointwise.shape[0], x.shape[1], 1, 1))
 
 
+def mix_segments(
+    qkv: Tensor, size: tuple[int, int], depthwise: Sequence[Tensor], pointwise: Sequence[Tensor]
+) -> list[Tensor]:
+    """Segments 0 to 3 of qkv (B, N, 15 * d) before their BatchNorms, (3 * B, d, H, W) each."""
+    batch, _, channels = qkv.shape
+    d = channels // 15
+    segments = qkv.reshape(batch, *size, 3, 5, d).permute(4, 3, 0, 5, 1, 2)  # s, part, B, d, H, W
+    images = [segments[s].reshape(3 * batch, d, *size) for s in range(4)]
+    weights = zip(images[1:], depthwise, pointwise, strict=False)
+    return [images[0], *(_separable(u, dw, pw) for u, dw, pw in weights)]
+
+
+def heads_of(mixed: Sequence[Tensor], num_heads: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Segments 0 to 3, (3 * B, d, H, W) each -> q, k and v (B, heads, N, 4 * d / heads)."""
+    batch, d, height, width = mixed[0].shape
+    heads = torch.cat(list(mixed), 1).reshape(3, batch // 3, num_heads, 4 * d // num_heads, height * width)
+    q, k, v = heads.transpose(-1, -2).unbind()
+    return q, k, v
+
+
+def local_branch(
+    qkv: Tensor,
+    size: tuple[int, int],
+    depthwise: Tensor,
+    pointwise: Tensor,
+    layer_norm_weight: Tensor,
+    layer_norm_bias: Tensor,
+    layer_norm_eps: float,
+) -> Tensor:
+    """Segment 4 of qkv (B, N, 15 * d), past the attention: (B, N, d)."""
+    batch, _, channels = qkv.shape
+    d = channels // 15
+    last = qkv.reshape(batch, *size, 3, 5, d)[..., 4, :].permute(0, 3, 4, 1, 2)  # B, part, d, H, W
+    local = _separable(last.reshape(batch, 3 * d, *size), depthwise, pointwise).flatten(2).transpose(1, 2)
+    weight, bias = layer_norm_weight.to(local.dtype), layer_norm_bias.to(local.dtype)
+    return F.hardswish(F.layer_norm(local, (d,), weight, bias, layer_norm_eps))
+
+
 def group_mix_aggregate(
     qkv: Tensor,
     size: tuple[int, int],
@@ -42,26 +80,17 @@ def group_mix_aggregate(
     layer_norm_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`lkconv.group_mix_aggregate`, one PyTorch operator after another."""
-    height, width = size
-    batch, tokens, channels = qkv.shape
-    d = channels // 15
-    segments = qkv.reshape(batch, height, width, 3, 5, d).permute(4, 3, 0, 5, 1, 2)  # s, part, B, d, H, W
     mixed = []
-    for s in range(4):
-        u = segments[s].reshape(3 * batch, d, height, width)
-        if s:
-            u = _separable(u, depthwise_weights[s - 1], pointwise_weights[s - 1])
+    for s, u in enumerate(mix_segments(qkv, size, depthwise_weights, pointwise_weights)):
         mean = None if running_means is None else running_means[s]
         var = None if running_vars is None else running_vars[s]
         u = F.batch_norm(u, mean, var, norm_weights[s], norm_biases[s], training, momentum, eps)
         mixed.append(F.hardswish(u))
-    heads = torch.cat(mixed, 1).reshape(3, batch, num_heads, 4 * d // num_heads, tokens).transpose(-1, -2)
-    local = segments[4].transpose(0, 1).reshape(batch, 3 * d, height, width)
-    local = _separable(local, depthwise_weights[3], pointwise_weights[3]).flatten(2).transpose(1, 2)
-    weight, bias = layer_norm_weight.to(local.dtype), layer_norm_bias.to(local.dtype)
-    local = F.hardswish(F.layer_norm(local, (d,), weight, bias, layer_norm_eps))
-    q, k, v = heads.unbind()
-    return q, k, v, local
+    local = local_branch(
+        qkv, size, depthwise_weights[3], pointwise_weights[3], layer_norm_weight, layer_norm_bias,
+        layer_norm_eps,
+    )  # fmt: skip
+    return *heads_of(mixed, num_heads), local
 
 
 def group_mix_attention(

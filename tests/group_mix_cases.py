@@ -49,3 +49,10 @@ def aggregate_arguments(aggregator):
         "layer_norm_weight": aggregator.agg0.norm.weight,
         "layer_norm_bias": aggregator.agg0.norm.bias,
     }
+
+
+def fused_ops(module, *arguments):
+    """The Group-Mix ops that a call runs, by name."""
+    with torch.profiler.profile() as profile:
+        module(*arguments)
+    return {e.name.removeprefix("lkconv::") for e in profile.events() if e.name.startswith("lkconv::group")}

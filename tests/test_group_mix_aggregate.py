@@ -158,6 +158,21 @@ def test_empty_batch():
     assert q.shape == k.shape == v.shape == (0, 8, 6, 4) and local.shape == (0, 6, 8)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_segments_wider_than_the_kernels_take(training):
+    """d = 498 is past the widest segment of the kernels, 496: plain PyTorch takes it."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        module, other = (attention(2490, torch.float32, training).aggregator for _ in range(2))
+        other.load_state_dict(module.state_dict())
+        qkv = torch.randn(1, 6, 3 * 2490)
+        expected = other.composed(qkv, (2, 3))
+        function = lkconv.group_mix_aggregate(qkv, (2, 3), **aggregate_arguments(module), training=training)
+        for result in (function, module(qkv, (2, 3))):
+            for a, b in zip(result, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_use_backend_torch_reaches_no_kernel():
     module = attention(40, torch.float32).aggregator
     qkv = torch.randn(1, 6, 120)
@@ -177,6 +192,7 @@ def test_use_backend_torch_reaches_no_kernel():
         ({"num_heads": 4}, "num_heads must be 8"),
         ({"size": (5, 4)}, "size must have height"),
         ({"size": (15,)}, "size must be"),
+        ({"size": (-3, -5)}, "size must be two positive"),
         ({"qkv": torch.zeros(1, 15, 121)}, "3 \\* C"),
         ({"qkv": torch.zeros(1, 15, 3 * 42)}, "multiple of 5"),
         ({"qkv": torch.zeros(1, 15, 3 * 45)}, "divisible by 8"),
@@ -195,7 +211,9 @@ def test_errors(change, message):
         lkconv.group_mix_aggregate(**call)
 
 
-def test_integers_are_refused():
+def test_wrong_types():
     arguments = aggregate_arguments(attention(40).aggregator)
+    with pytest.raises(TypeError, match="size must be two integers"):
+        lkconv.group_mix_aggregate(torch.zeros(1, 15, 120, dtype=torch.float64), (3.0, 5.0), **arguments)
     with pytest.raises(TypeError, match="floating"):
         lkconv.group_mix_aggregate(torch.zeros(1, 15, 120, dtype=torch.int64), (3, 5), **arguments)

@@ -1,13 +1,9 @@
 """GroupMixAttention and GroupMixBlock: values, gradients, names, modes, pictures."""
 
 import copy
-import multiprocessing
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import nn
 
 from group_mix_cases import SIZES, attention, relative, unfused
 from lkconv import GroupMixAttention, GroupMixBlock, reference
@@ -78,6 +74,30 @@ def test_core_in_half_types(dim, dtype):
         results.append((out, m.grad))
     for exact, eager, ours in zip(*results, strict=True):
         assert relative(ours, exact) <= 2 * relative(eager, exact) + torch.finfo(dtype).eps / 4
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [40, 80, 200, 320])
+def test_half_types_err_at_most_twice_as_much_as_eager(dim, dtype, training):
+    """The whole module: output and gradients of the input and the parameters, against the composition."""
+    size = (9, 8)
+    module = attention(dim, training=training).to(dtype)
+    exact, eager = unfused(module), unfused(module, dtype)
+    x = torch.randn(3, 72, dim).to(dtype)
+    grad = torch.randn(x.shape).to(dtype)
+    results = []
+    for m in (exact, eager, module):
+        leaf = x.to(next(m.parameters()).dtype).requires_grad_()
+        out = m(leaf, size)
+        out.backward(grad.to(out.dtype))
+        theirs, first = m is not module, m.aggregation.mixers[3] if m is not module else m.aggregator.agg3
+        depthwise, pointwise = tuple(first) if theirs else (first.conv1, first.pointwise_conv)
+        weights = [m.qkv.weight, m.proj.weight, depthwise.weight, pointwise.weight]
+        results.append((out, leaf.grad, *(w.grad for w in weights)))
+    eps = torch.finfo(dtype).eps / 4
+    for i, (right, theirs, ours) in enumerate(zip(*results, strict=True)):
+        assert relative(ours, right) <= 2 * relative(theirs, right) + eps, i
 
 
 def test_core_gradcheck():
@@ -155,31 +175,6 @@ def test_dropout():
     assert torch.equal(once, again)
 
 
-@pytest.mark.parametrize("frozen", ["one norm", "all norms", "no statistics", "cumulative", "other norm"])
-def test_every_state_of_the_norms(frozen):
-    """Fused or not, the result is that of the submodules run one after another."""
-    aggregator = attention(40, training=True).aggregator
-    if frozen == "one norm":
-        aggregator.norm2.eval()
-    elif frozen == "all norms":
-        for norm in aggregator.norms():
-            norm.eval()
-    elif frozen == "other norm":
-        aggregator.norm1 = nn.GroupNorm(1, 8).double()
-    else:
-        for i in range(4):
-            options = {"track_running_stats": False} if frozen == "no statistics" else {"momentum": None}
-            setattr(aggregator, f"norm{i}", nn.BatchNorm2d(8, **options).double())
-    other = copy.deepcopy(aggregator)
-    qkv = torch.randn(2, 12, 120, dtype=torch.float64)
-    for _ in range(3):
-        ours, expected = aggregator(qkv, (3, 4)), other.composed(qkv, (3, 4))
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b)
-    for (name, a), (_, b) in zip(aggregator.named_buffers(), other.named_buffers(), strict=True):
-        torch.testing.assert_close(a, b, msg=name)
-
-
 def test_attention_maps_explain_the_output():
     """map @ v is the attention term that the forward pass computes without ever forming the map."""
     module, size = attention(40), (4, 5)
@@ -199,6 +194,21 @@ def test_attention_maps_explain_the_output():
         module.attention_maps(x, size, [20])
 
 
+def test_attention_maps_of_a_block():
+    block, size = GroupMixBlock(40, qkv_bias=True).double(), (4, 5)
+    x = torch.randn(2, 20, 40, dtype=torch.float64)
+    seen = []
+    block.att.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    block(x, size)
+    before = copy.deepcopy(block.state_dict())
+    maps = block.attention_maps(x, size, [3, 11])
+    torch.testing.assert_close(maps, block.att.attention_maps(seen[0], size, [3, 11]))
+    assert maps.shape == (2, 8, 2, 4, 5) and not maps.requires_grad
+    assert all(torch.equal(before[n], t) for n, t in block.state_dict().items())
+    with pytest.raises(ValueError, match="size"):
+        block.attention_maps(x, (4, 6), [0])
+
+
 @pytest.mark.parametrize("dim,message", [(41, "multiple of 5"), (45, "divisible by 8"), (0, "positive")])
 def test_dimensions(dim, message):
     with pytest.raises(ValueError, match=message):
@@ -211,6 +221,8 @@ def test_errors_of_forward():
         GroupMixAttention(40, num_heads=4)
     with pytest.raises(ValueError, match="size"):
         module(torch.zeros(1, 12, 40), (3, 5))
+    with pytest.raises(ValueError, match="size must be two positive"):
+        module(torch.zeros(1, 12, 40), (-3, -4))
     with pytest.raises(ValueError, match="40 channels"):
         module(torch.zeros(1, 12, 80), (3, 4))
 
@@ -232,44 +244,6 @@ def test_autocast_runs_the_kernels_in_bfloat16():
 def lkconv_aggregate_under_autocast(module):
     with torch.autocast("cpu", torch.bfloat16):
         return module.aggregator(torch.randn(1, 49, 240), (7, 7))
-
-
-def _synchronised(rank, port, queue):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    aggregator = nn.SyncBatchNorm.convert_sync_batchnorm(attention(40, training=True).aggregator)
-    torch.manual_seed(3)
-    x = torch.randn(5, 12, 120, dtype=torch.float64)
-    mine = (x[:2] if rank == 0 else x[2:]).clone().requires_grad_()  # batches of different sizes
-    sum((t**2).sum() for t in aggregator(mine, (3, 4))).backward()
-    queue.put((rank, mine.grad.numpy(), aggregator.norm2.running_var.numpy()))
-    dist.destroy_process_group()
-
-
-def test_synchronised_batch_norm():
-    """Two processes with half the batch each get what one process with the whole batch gets."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_synchronised, args=(r, port, queue)) for r in range(2)]
-    for w in workers:
-        w.start()
-    results = sorted((queue.get(timeout=90) for _ in workers), key=lambda r: r[0])
-    for w in workers:
-        w.join(30)
-        assert w.exitcode == 0
-    torch.manual_seed(0)
-    aggregator = attention(40, training=True).aggregator
-    torch.manual_seed(3)
-    x = torch.randn(5, 12, 120, dtype=torch.float64, requires_grad=True)
-    sum((t**2).sum() for t in aggregator(x, (3, 4))).backward()
-    grads = torch.cat([torch.from_numpy(g) for _, g, _ in results])
-    torch.testing.assert_close(grads, x.grad, rtol=1e-9, atol=1e-11)
-    for _, _, var in results:
-        torch.testing.assert_close(torch.from_numpy(var), aggregator.norm2.running_var)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

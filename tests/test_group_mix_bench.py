@@ -1,9 +1,12 @@
 """bench.group_mix: the gate, the counts and the rows of one small stage."""
 
+import json
+
 import pytest
 import torch
 
-from bench import group_mix, measure
+from bench import group_mix, inductor_counts, measure
+from bench.__main__ import main
 
 
 @pytest.mark.parametrize("part", group_mix.PARTS)
@@ -44,3 +47,38 @@ def test_one_kernel_in_evaluation():
             function(x, (7, 7))
         counts.append(traffic.kernels)
     assert counts[0] == 1 and 15 <= counts[1] <= 30
+
+
+def test_compiled_rows_count_kernels_and_bytes():
+    """Two pointwise operators become one kernel that reads and writes once; a product is a call."""
+    weight = torch.randn(64, 64)
+    function = inductor_counts.compiled(lambda x: ((x + 1).relu() @ weight,))
+    x = torch.randn(64, 64)
+    with inductor_counts.counting() as found:
+        function(x)
+    assert (found.kernels, found.bytes) == (2, 5 * 64 * 64 * 4)
+    with inductor_counts.counting() as again:
+        function(x)
+    assert (again.kernels, again.bytes) == (0, 0)
+
+
+def test_the_command_writes_rows(tmp_path):
+    path = tmp_path / "rows.json"
+    options = ["--model", "M", "--stage", "4", "--part", "aggregation", "--mode", "forward", "--batch", "1"]
+    assert main(["group_mix", *options, "--quick", "--device", "cpu", "--json", str(path)]) == 0
+    content = json.loads(path.read_text())
+    assert content["machine"]["device"] == "cpu" and "torch" in content["versions"]
+    assert [r["implementation"] for r in content["rows"]] == ["lkconv", "eager"]
+
+
+def test_a_disturbed_measurement_is_repeated_and_marked(monkeypatch):
+    class Busy(group_mix.Contention):
+        loads = iter([0.9, 0.4, 0.6])
+
+        def __exit__(self, *unused):
+            self.cores = next(Busy.loads)
+
+    monkeypatch.setattr(group_mix, "Contention", Busy)
+    budget = measure.Budget(seconds=0.01, turns=1)
+    rows = group_mix.measure_stage("M", 4, 40, 7, 1, "aggregation", torch.float32, False, False, budget)
+    assert rows[0].foreign_cores == 0.4 and "others used 0.4 cores" in group_mix.show(rows[0])

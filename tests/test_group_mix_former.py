@@ -87,6 +87,17 @@ def test_equals_plain_pytorch_at_an_odd_size(training):
     assert [tuple(m.shape[1:]) for m in maps] == [(40, 23, 20), (80, 12, 10), (160, 6, 5), (160, 3, 3)]
 
 
+def test_dropout_rates():
+    """As the published constructor takes them: of the projections and MLPs, and of softmax(k)."""
+    with torch.device("meta"):
+        model = group_mix_former("M", 10, drop_rate=0.1, attn_drop_rate=0.2)
+    for stage in model.groupmixformer_backbone:
+        for block in stage.gma_stage:
+            assert (block.att.proj_drop.p, block.mlp.drop.p, block.att.attn_drop.p) == (0.1, 0.1, 0.2)
+    plain = on_meta("M").groupmixformer_backbone[0].gma_stage[0]
+    assert plain.att.proj_drop.p == plain.mlp.drop.p == plain.att.attn_drop.p == 0.0
+
+
 def test_training_reduces_the_loss():
     model = small()
     x, y = torch.randn(8, 3, 64, 64), torch.arange(8)

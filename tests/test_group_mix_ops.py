@@ -1,5 +1,6 @@
 """The Group-Mix ops under PyTorch's tools: opcheck, compile, export, instruction sets."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -94,6 +95,53 @@ def test_compile_in_one_graph(training):
     torch.testing.assert_close(grad, expected_grad)
     for name, tensor in module.state_dict().items():
         torch.testing.assert_close(after[name], tensor, msg=name)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_inductor_with_dynamic_sizes(training):
+    """One compilation serves other batches and maps, forward, backward and running statistics."""
+    module = attention(40, torch.float32, training=training)
+    other = copy.deepcopy(module)
+    torch._dynamo.reset()
+    compiled = torch.compile(other, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, size in ((2, (3, 5)), (3, (4, 7)), (5, (6, 2))):
+            x = torch.randn(batch, size[0] * size[1], 40, requires_grad=True)
+            results = []
+            for run, own in ((module, module), (compiled, other)):
+                out = run(x, size)
+                leaves = [x, own.qkv.weight, own.aggregator.agg2.conv1.weight, own.aggregator.norm1.weight]
+                results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for (name, a), (_, b) in zip(module.named_buffers(), other.named_buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_aot_inductor_package(tmp_path):
+    module = attention(40, torch.float32).requires_grad_(False)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(
+        module, (torch.randn(2, 15, 40), (3, 5)), dynamic_shapes=({0: batch}, (None, None))
+    )
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    x = torch.randn(4, 15, 40)
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x, (3, 5)), module(x, (3, 5)))
+
+
+@pytest.mark.parametrize("name", ["group_mix_aggregate", "group_mix_attention"])
+def test_autocast_of_the_ops(name):
+    """The tokens are cast, parameters are not, float64 stays, and the gradient has the leaf's dtype."""
+    leaf, *rest = op_inputs()[name]
+    op = getattr(ops, name)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = op(leaf, *rest)[0]
+        wide = op(leaf.detach().double(), *(t.double() if torch.is_tensor(t) else t for t in rest))[0]
+    cast = [t.bfloat16() if torch.is_tensor(t) and t.dim() == 3 else t for t in rest]
+    assert out.dtype == torch.bfloat16 and wide.dtype == torch.float64
+    assert torch.equal(out, op(leaf.bfloat16(), *cast)[0])
+    out.float().sum().backward()
+    assert leaf.grad.dtype == torch.float32 and leaf.grad.isfinite().all()
 
 
 def test_compile_of_the_function():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lkconv
+from bench import measure, segmented
 from lkconv import reference
 
 
@@ -43,6 +44,18 @@ def test_runs_one_depthwise_op_per_segment_without_copying_the_input():
     names = [e.name for e in profile.events()]
     assert names.count("lkconv::depthwise_conv2d") == 3
     assert not {"aten::contiguous", "aten::clone", "aten::copy_"} & set(names)
+
+
+@pytest.mark.parametrize("mode", segmented.MODES)
+def test_benchmark_of_a_mixer(mode):
+    """The four stages of InceptionNeXt-T; one is measured, in both layouts of both sides."""
+    assert [(c, side, len(w)) for c, side, w in segmented.mixers().values()] == [
+        (96, 56, 3), (192, 28, 3), (384, 14, 3), (768, 7, 3),
+    ]  # fmt: skip
+    name = list(segmented.mixers())[3]
+    rows = segmented.measure_mixer(name, 1, "float32", mode, "cpu", measure.Budget(seconds=0.01, turns=1))
+    assert len(rows) == 4 and all(r["median"] and r["error"] < 1e-5 for r in rows)
+    assert "x" in segmented.show(rows)
 
 
 def test_explicit_splits_with_two_identities():

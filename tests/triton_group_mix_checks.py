@@ -25,7 +25,7 @@ KERNELS = {  # what one training step or one evaluation with gradients runs
 
 @dataclass(frozen=True)
 class GroupMixCase:
-    """``small_tiles`` cuts the tokens into more tiles and sums than the planner would at such sizes."""
+    """``tiles``: "small" cuts the tokens into more tiles and sums than the planner would, "large" fewer."""
 
     dim: int
     batch: int
@@ -33,23 +33,30 @@ class GroupMixCase:
     width: int
     dtype: str = "float32"
     training: bool = False
-    small_tiles: bool = False
+    tiles: str = ""
 
     @property
     def name(self) -> str:
         mode = "train" if self.training else "eval"
-        tiles = "-small" if self.small_tiles else ""
+        tiles = f"-{self.tiles}" if self.tiles else ""
         return f"C{self.dim}-{self.batch}x{self.height}x{self.width}-{self.dtype}-{mode}{tiles}"
 
 
 # d = 8, 10, 16 and 24; odd and thin maps; several images; one token. A forward pass of d = 48 is a check
 # below.
 INTERPRETED = (
-    GroupMixCase(40, 1, 3, 7, training=True, small_tiles=True),
+    GroupMixCase(40, 1, 3, 7, training=True, tiles="small"),
     GroupMixCase(80, 1, 5, 3),
     GroupMixCase(50, 1, 2, 2, "float64", training=True),
     GroupMixCase(120, 1, 3, 3, "float16", training=True),
     GroupMixCase(40, 2, 1, 1),
+)
+# The maps of the models' stages: the last one with its own channels, the others with few, and in tiles that
+# are large enough for the interpreter, whose time goes with their number.
+STAGES = (
+    GroupMixCase(320, 1, 7, 7, training=True),
+    GroupMixCase(40, 1, 14, 14, training=True, tiles="large"),
+    GroupMixCase(40, 1, 28, 28, tiles="large"),
 )
 ON_DEVICE = (
     *INTERPRETED,
@@ -63,12 +70,18 @@ ON_DEVICE = (
 )
 
 
+TILES = {
+    "small": {"pixels": 16, "sum_pixels": 16, "window_pixels": 8},
+    "large": {"pixels": 512, "sum_pixels": 512, "window_pixels": 512},
+}
+
+
 @contextmanager
-def small_tiles(active: bool) -> Iterator[None]:
+def tiles_of(kind: str) -> Iterator[None]:
     group_mix = kernels("group_mix")
     blocks, splits = group_mix.blocks_for, group_mix.splits_for
-    if active:
-        group_mix.blocks_for = lambda *a: replace(blocks(*a), pixels=16, sum_pixels=16, window_pixels=8)
+    if kind:
+        group_mix.blocks_for = lambda *a: replace(blocks(*a), **TILES[kind])
         group_mix.splits_for = lambda programs, tiles, machine: min(2, tiles)
     try:
         yield
@@ -132,7 +145,7 @@ def check_case(case: GroupMixCase, device: str) -> None:
     expected = gradients(exact, x.double(), size, grad.double())
     peer = gradients(eager, x, size, grad)
     module.to(device)
-    with lkconv.use_backend("triton"), small_tiles(case.small_tiles), launched() as names:
+    with lkconv.use_backend("triton"), tiles_of(case.tiles), launched() as names:
         assert module.aggregator.namespace(x.to(device).repeat(1, 1, 3)) == "lkconv_triton"
         got = gradients(module, x.to(device), size, grad.to(device))
     assert names == KERNELS | ({"normalize_kernel"} if case.training else set())
@@ -232,7 +245,7 @@ def check_large_keys(device: str) -> None:
     keys = 30 * torch.randn(1, 35, 32) + torch.linspace(-200, 200, 35)[:, None] * torch.linspace(-1, 1, 32)
     keys[0, :20, 4] = float("-inf")  # a whole split, and no weight at all
     mixed, local, weights, biases = core_inputs(device, keys)
-    with small_tiles(True):
+    with tiles_of("small"):
         out, log_sum, context = torch.ops.lkconv_triton.group_mix_attention(
             mixed, local, *size, weights, biases, 0.4
         )
@@ -275,6 +288,19 @@ def check_parameters_of_another_dtype(device: str) -> None:
         assert relative(ours.cpu(), right) <= 2 * relative(theirs, right) + torch.finfo(torch.float16).eps
 
 
+def check_forward_of_the_first_stage(device: str) -> None:
+    """56 x 56 tokens; backward they would take the interpreter a minute."""
+    torch.manual_seed(7)
+    module = attention(40, torch.float32)
+    x = torch.randn(1, 56 * 56, 40)
+    exact = unfused(module)(x.double(), (56, 56))
+    module.to(device)
+    tiles = "large" if device == "cpu" else ""  # a GPU takes the planner's
+    with torch.no_grad(), lkconv.use_backend("triton"), tiles_of(tiles), launched() as names:
+        assert relative(module(x.to(device), (56, 56)).cpu(), exact) < 1e-6
+    assert "attend_kernel" in names
+
+
 def check_forward_of_48_channels(device: str) -> None:
     torch.manual_seed(6)
     module = attention(240, torch.float32)
@@ -288,6 +314,7 @@ def check_forward_of_48_channels(device: str) -> None:
 
 CHECKS = {
     "forward_of_48_channels": check_forward_of_48_channels,
+    "forward_of_the_first_stage": check_forward_of_the_first_stage,
     "function": check_function,
     "no_running_statistics": check_running_statistics_may_be_absent,
     "empty_batch": check_empty_batch,
@@ -295,6 +322,6 @@ CHECKS = {
     "non_finite": check_non_finite,
     "parameters_of_another_dtype": check_parameters_of_another_dtype,
 }
-INTERPRETED_CHECKS = {f"group_mix-{case.name}": partial(check_case, case, "cpu") for case in INTERPRETED} | {
-    f"group_mix-{name}": partial(check, "cpu") for name, check in CHECKS.items()
-}
+INTERPRETED_CHECKS = {
+    f"group_mix-{case.name}": partial(check_case, case, "cpu") for case in (*INTERPRETED, *STAGES)
+} | {f"group_mix-{name}": partial(check, "cpu") for name, check in CHECKS.items()}

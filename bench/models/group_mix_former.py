@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lkconv.attention import GroupMixBlock
-from lkconv.attention.modules import SeparableConv2d
+from lkconv.attention.aggregator import SeparableConv2d
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,17 @@ class PatchEmbed(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution."""
+    """Blocks of one resolution; ``rates`` are those of stochastic depth, one a block."""
 
-    def __init__(self, channels: int, mlp_ratio: float, rates: list[float]) -> None:
+    def __init__(
+        self, channels: int, mlp_ratio: float, rates: list[float], drop: float = 0.0, attn_drop: float = 0.0
+    ) -> None:
         super().__init__()
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        self.gma_stage = nn.ModuleList(
-            GroupMixBlock(channels, 8, mlp_ratio, qkv_bias=True, drop_path_rate=r, norm_layer=norm)
-            for r in rates
-        )
+        make = partial(
+            GroupMixBlock, channels, 8, mlp_ratio, qkv_bias=True, drop=drop, attn_drop=attn_drop,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )  # fmt: skip
+        self.gma_stage = nn.ModuleList(make(drop_path_rate=r) for r in rates)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W); the size may be odd."""
@@ -84,9 +86,20 @@ class Stage(nn.Module):
 
 
 class GroupMixFormer(nn.Module):
-    """The classifier: stem, four stages, BatchNorm, mean over tokens, linear. Any image size is taken."""
+    """The classifier: stem, four stages, BatchNorm, mean over tokens, linear. Any image size is taken.
 
-    def __init__(self, config: Config, num_classes: int = 1000, in_channels: int = 3) -> None:
+    ``drop_rate``: dropout after the blocks' projections and inside their MLPs. ``attn_drop_rate``: dropout of
+    softmax(k), which the published code takes and does not apply.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+    ) -> None:
         super().__init__()
         c = config.channels
         self.conv_stem = ConvStem(in_channels, c[0])
@@ -97,7 +110,8 @@ class GroupMixFormer(nn.Module):
         rates = [config.drop_path * i / max(blocks - 1, 1) for i in range(blocks)]
         first = [sum(config.depths[:i]) for i in range(5)]
         self.groupmixformer_backbone = nn.ModuleList(
-            Stage(c[i], config.mlp_ratios[i], rates[first[i] : first[i + 1]]) for i in range(4)
+            Stage(c[i], config.mlp_ratios[i], rates[first[i] : first[i + 1]], drop_rate, attn_drop_rate)
+            for i in range(4)
         )
         self.norm4 = nn.BatchNorm2d(c[3])
         self.head = nn.Linear(c[3], num_classes)
@@ -124,11 +138,11 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def group_mix_former(size: str, num_classes: int = 1000) -> GroupMixFormer:
-    """The model of size "M", "T", "S", "B" or "L"."""
+def group_mix_former(size: str, num_classes: int = 1000, **options: float) -> GroupMixFormer:
+    """The model of size "M", "T", "S", "B" or "L"; options are those of :class:`GroupMixFormer`."""
     if size not in CONFIGS:
         raise ValueError(f"size must be one of {', '.join(CONFIGS)}, got {size!r}")
-    return GroupMixFormer(CONFIGS[size], num_classes)
+    return GroupMixFormer(CONFIGS[size], num_classes, **options)
 
 
 def load_checkpoint(model: GroupMixFormer, checkpoint: dict) -> None:

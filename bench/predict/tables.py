@@ -13,7 +13,7 @@ from types import ModuleType
 
 from bench.shapes import Layer, layers
 
-from . import cuda, kernel_loops, machine, sass, triton
+from . import cuda, group_mix, kernel_loops, machine, sass, triton
 from .geometry import Geometry
 from .kernel_loops import Code
 
@@ -311,12 +311,16 @@ def write_between(path: Path, text: str) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-triton", action="store_true", help="the CUDA kernels alone")
+    parser.add_argument("--group-mix", action="store_true", help="Group-Mix aggregation instead, as a table")
     parser.add_argument(
         "--write", metavar="FILE.md", help="replace what stands between the marks in this file"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.group_mix:
+        print(group_mix.table())
+        return 0
     text = document(not arguments.no_triton)
     if arguments.write:
         write_between(Path(arguments.write), text)

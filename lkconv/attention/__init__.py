@@ -1,7 +1,8 @@
 """Group-Mix attention (GroupMixFormer, arXiv 2311.15157): fused aggregation, attention core and modules."""
 
 from .aggregate import group_mix_aggregate
-from .modules import GroupMixAggregator, GroupMixAttention, GroupMixBlock
+from .aggregator import GroupMixAggregator
+from .modules import GroupMixAttention, GroupMixBlock
 from .segmented import segmented_depthwise_conv2d
 
 __all__ = [

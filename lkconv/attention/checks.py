@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import SymInt, Tensor
 
 NUM_HEADS = 8
 KERNELS = (3, 5, 7, 3)  # depthwise windows of segments 1 to 4
+MOST_SEGMENT = 496  # the widest d of the kernels, whose tiles hold all channels of a segment
 
 
 def check_dim(dim: int, num_heads: int, name: str = "dim") -> None:
@@ -31,6 +32,10 @@ def check_tokens(tokens: Tensor, size: tuple[int, int], name: str) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {tokens.dtype}")
     if len(size) != 2:
         raise ValueError(f"size must be (height, width), got {size!r}")
+    if not all(isinstance(n, int | SymInt) for n in size):
+        raise TypeError(f"size must be two integers, got {size!r}")
+    if size[0] < 1 or size[1] < 1:  # their product alone would let two negative ones pass
+        raise ValueError(f"size must be two positive numbers, got {tuple(size)}")
     if size[0] * size[1] != tokens.shape[1]:
         raise ValueError(
             f"size must have height * width = {tokens.shape[1]}, the tokens of {name}, got {tuple(size)}"

@@ -2,186 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
 from .. import reference_group_mix as reference
+from .._hooks import is_plain
 from ..modules import DepthwiseConv2d
 from . import aggregate as fused
+from .aggregator import GroupMixAggregator, tensors_of
 from .checks import check_dim, check_tokens
-from .parameters import AggregateParameters
+from .plain import is_plain_depthwise
 
-
-def _tensors(modules: Iterable[nn.Module], name: str) -> list[Tensor]:
-    """The parameter or buffer of that name of each module."""
-    return [getattr(m, name) for m in modules]
-
-
-class SeparableConv2d(nn.Module):
-    """Depthwise then pointwise convolution without biases; nothing between them."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(
-            in_channels, in_channels, kernel_size, stride, kernel_size // 2, groups=in_channels, bias=False
-        )
-        self.pointwise_conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pointwise_conv(self.conv1(x))
-
-
-class LocalBranch(nn.Module):
-    """The non-attention branch: q, k and v of the last segment to d channels, LayerNorm, hardswish."""
-
-    def __init__(self, segment: int) -> None:
-        super().__init__()
-        self.conv = SeparableConv2d(3 * segment, segment, 3)
-        self.norm = nn.LayerNorm(segment)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3 * d, H, W) -> (B, N, d)."""
-        return F.hardswish(self.norm(self.conv(x).flatten(2).transpose(1, 2)))
-
-
-class GroupMixAggregator(nn.Module):
-    """:func:`lkconv.group_mix_aggregate` with the published parameters.
-
-    Args:
-        dim: C, a multiple of 5 with 4 C / 5 divisible by 8.
-        num_heads: 8.
-
-    The BatchNorms may be ``nn.SyncBatchNorm`` (``nn.SyncBatchNorm.convert_sync_batchnorm``): their statistics
-    are then exchanged with one collective for all four. Other norms in their place, or BatchNorms of which
-    some are frozen, run as plain PyTorch.
-
-    Shapes: qkv (B, N, 3 * C) and size (H, W) with H * W = N -> q, k, v (B, 8, N, d / 2) and local (B, N, d),
-    d = C / 5; float64, float32, float16 or bfloat16.
-
-    Raises:
-        ValueError: dim or num_heads is another, or on a call a shape does not fit.
-        TypeError: on a call, qkv is not a floating-point tensor.
-    """
-
-    def __init__(self, dim: int, num_heads: int = 8) -> None:
-        super().__init__()
-        check_dim(dim, num_heads)
-        self.dim, self.num_heads = dim, num_heads
-        d = dim // 5
-        self.norm0 = nn.BatchNorm2d(d)
-        self.agg1, self.norm1 = SeparableConv2d(d, d, 3), nn.BatchNorm2d(d)
-        self.agg2, self.norm2 = SeparableConv2d(d, d, 5), nn.BatchNorm2d(d)
-        self.agg3, self.norm3 = SeparableConv2d(d, d, 7), nn.BatchNorm2d(d)
-        self.agg0 = LocalBranch(d)
-
-    def norms(self) -> list[nn.Module]:
-        return [self.norm0, self.norm1, self.norm2, self.norm3]
-
-    def _fusible(self) -> bool:
-        """Whether the four norms are BatchNorms that agree on everything but their parameters."""
-        norms = self.norms()
-        if not all(isinstance(n, nn.BatchNorm2d | nn.SyncBatchNorm) and n.affine for n in norms):
-            return False
-        settings = {(type(n), n.training, n.eps, n.momentum, n.running_mean is None) for n in norms}
-        return len(settings) == 1
-
-    def _group(self) -> object | None:
-        """The processes that share statistics, if any."""
-        norm = self.norm0
-        if isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
-            group = norm.process_group or dist.group.WORLD
-            return group if dist.get_world_size(group) > 1 else None
-        return None
-
-    def _momentum(self) -> float:
-        """Counts the batch, as BatchNorm does, and returns the weight it gets in the running statistics."""
-        for norm in self.norms():
-            norm.get_buffer("num_batches_tracked").add_(1)
-        momentum = self.norm0.momentum
-        return 1.0 / float(self.norm0.get_buffer("num_batches_tracked")) if momentum is None else momentum
-
-    def tokens(self, namespace: str, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """qkv (B, N, 3 * C) -> mixed (3, B, N, 4 * d), local (B, N, d), through a namespace's fused op."""
-        norms = self.norms()
-        training = self.norm0.training or self.norm0.running_mean is None
-        track = self.norm0.running_mean is not None
-        momentum = self._momentum() if training and track else 0.0
-        separable = [self.agg1, self.agg2, self.agg3, self.agg0.conv]
-        parameters = AggregateParameters(
-            _tensors([s.conv1 for s in separable], "weight"),
-            _tensors([s.pointwise_conv for s in separable], "weight"),
-            _tensors(norms, "weight"),
-            _tensors(norms, "bias"),
-            self.agg0.norm.weight,
-            self.agg0.norm.bias,
-        )
-        return fused.aggregate_tokens(
-            namespace,
-            fused.autocast(qkv),
-            size,
-            parameters,
-            _tensors(norms, "running_mean") if track else None,
-            _tensors(norms, "running_var") if track else None,
-            training,
-            momentum,
-            self.norm0.eps,
-            self.agg0.norm.eps,
-            self._group() if training else None,
-        )
-
-    def composed(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same from this module's own submodules, one after another."""
-        batch, tokens, channels = qkv.shape
-        d, (height, width) = channels // 15, size
-        x = qkv.reshape(batch, height, width, 3, 5, d).permute(4, 3, 0, 5, 1, 2)
-        convs: Sequence[Callable[[Tensor], Tensor]] = (nn.Identity(), self.agg1, self.agg2, self.agg3)
-        mixed = [
-            F.hardswish(norm(conv(x[s].reshape(3 * batch, d, height, width))))
-            for s, (conv, norm) in enumerate(zip(convs, self.norms(), strict=True))
-        ]
-        heads = (
-            torch.cat(mixed, 1)
-            .reshape(3, batch, self.num_heads, 4 * d // self.num_heads, tokens)
-            .transpose(-1, -2)
-        )
-        local = self.agg0(x[4].transpose(0, 1).reshape(batch, 3 * d, height, width))
-        q, k, v = heads.unbind()
-        return q, k, v, local
-
-    def namespace(self, qkv: Tensor) -> str | None:
-        """Whose fused kernels this call takes; None where it runs as plain PyTorch."""
-        return fused.namespace(qkv) if self._fusible() else None
-
-    @backends.retried
-    def forward(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """qkv (B, N, 3 * C) of an H x W grid -> q, k, v (B, 8, N, d / 2) and local (B, N, d)."""
-        check_tokens(qkv, size, "qkv")
-        if qkv.shape[2] != 3 * self.dim:
-            raise ValueError(f"qkv must have 3 * dim = {3 * self.dim} channels, got {qkv.shape[2]}")
-        namespace = self.namespace(qkv)
-        if namespace is None:
-            return self.composed(qkv, size)
-        mixed, local = self.tokens(namespace, qkv, size)
-        return *fused.split_heads(mixed, self.num_heads), local
+POSITION_KERNELS = (3, 5, 7)
 
 
 class PositionEncoding(nn.Module):
-    """Depthwise convolutions of v with windows 3, 5 and 7 for heads 0-1, 2-4 and 5-7."""
+    """Depthwise convolutions of v with windows 3, 5 and 7 for heads 0-1, 2-4 and 5-7, times q."""
 
     def __init__(self, head_channels: int) -> None:
         super().__init__()
+        self.channels = [heads * head_channels for heads in reference.POSITION_HEADS]
         self.conv_list = nn.ModuleList(
-            nn.Conv2d(h * head_channels, h * head_channels, k, padding=k // 2, groups=h * head_channels)
-            for h, k in zip(reference.POSITION_HEADS, (3, 5, 7), strict=True)
+            nn.Conv2d(c, c, k, padding=k // 2, groups=c)
+            for c, k in zip(self.channels, POSITION_KERNELS, strict=True)
         )
 
     def parameter_lists(self) -> tuple[list[Tensor], list[Tensor]]:
-        return _tensors(self.conv_list, "weight"), _tensors(self.conv_list, "bias")
+        return tensors_of(self.conv_list, "weight"), tensors_of(self.conv_list, "bias")
+
+    def is_plain(self) -> bool:
+        """Whether calling this module and its convolutions is the fused op's formula and nothing else."""
+        if not (is_plain(self, PositionEncoding) and len(self.conv_list) == len(POSITION_KERNELS)):
+            return False
+        wanted = zip(self.conv_list, self.channels, POSITION_KERNELS, strict=True)
+        return all(is_plain_depthwise(conv, c, k, True) for conv, c, k in wanted)
+
+    def forward(self, q: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
+        """q and v (B, 8, N, d / 2) -> q times the encoding of v, of the same shape."""
+        batch, heads, tokens, channels = v.shape
+        image = v.transpose(-1, -2).reshape(batch, heads * channels, *size)
+        parts = zip(self.conv_list, image.split(self.channels, dim=1), strict=True)
+        encoded = torch.cat([conv(x) for conv, x in parts], dim=1)
+        return q * encoded.reshape(batch, heads, channels, tokens).transpose(-1, -2)
 
 
 class GroupMixAttention(nn.Module):
@@ -193,8 +58,11 @@ class GroupMixAttention(nn.Module):
         qkv_bias: whether the qkv projection has a bias.
         qk_scale: factor of the attention term; (dim / 8) ** -0.5 by default.
         attn_drop: dropout of softmax(k). The published code declares it without applying it; with a positive
-            value training runs the attention core as plain PyTorch.
+            value training runs the attention core from its submodules.
         proj_drop: dropout of the output.
+
+    Hooks on submodules are honoured and other modules may stand in their place, as
+    :class:`GroupMixAggregator` says; whatever the fused op cannot stand for is then called.
 
     Shapes: x (B, N, C) and size (H, W) with H * W = N -> (B, N, C); float64, float32, float16 or bfloat16.
 
@@ -223,26 +91,50 @@ class GroupMixAttention(nn.Module):
         self.aggregator = GroupMixAggregator(dim, num_heads)
         self.crpe = PositionEncoding(dim // 5 * 4 // num_heads)
 
-    def _check(self, x: Tensor, size: tuple[int, int]) -> None:
+    def check(self, x: Tensor, size: tuple[int, int]) -> None:
+        """Raises what is wrong with the arguments of a call."""
         check_tokens(x, size, "x")
         if x.shape[2] != self.dim:
             raise ValueError(f"x must have dim = {self.dim} channels, got {x.shape[2]}")
 
+    def _drops(self) -> bool:
+        """Whether ``attn_drop`` does anything, so that softmax(k) has to exist."""
+        drop = self.attn_drop
+        return not is_plain(drop, nn.Identity) and not (
+            is_plain(drop, nn.Dropout) and (drop.p == 0.0 or not drop.training)
+        )
+
+    def namespace(self, qkv: Tensor) -> str | None:
+        """Whose fused kernels this call takes; None where submodules run one after another."""
+        fits = is_plain(self.aggregator, GroupMixAggregator) and self.crpe.is_plain() and not self._drops()
+        return self.aggregator.namespace(qkv) if fits else None
+
+    def composed(self, q: Tensor, k: Tensor, v: Tensor, local: Tensor, size: tuple[int, int]) -> Tensor:
+        """The attention core from this module's own submodules: (B, N, C), ``local`` in the last channels."""
+        weights = self.attn_drop(k.softmax(dim=2))
+        out = self.scale * (q @ (weights.transpose(-1, -2) @ v)) + self.crpe(q, v, size)
+        return torch.cat([out.transpose(1, 2).flatten(2), local], dim=-1)
+
+    def _core(self, namespace: str, mixed: Tensor, local: Tensor, size: tuple[int, int]) -> Tensor:
+        """The attention core through a namespace's op: mixed (3, B, N, 4 * d) and local -> (B, N, C)."""
+        if mixed.numel() == 0:  # a process without images among others that share statistics
+            return self.composed(*fused.split_heads(mixed), local, size)
+        core = getattr(torch.ops, namespace).group_mix_attention
+        return core(mixed, local, size[0], size[1], *self.crpe.parameter_lists(), self.scale)[0]
+
     @backends.retried
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """x (B, N, C), tokens of an H x W grid -> (B, N, C)."""
-        self._check(x, size)
+        self.check(x, size)
         qkv = self.qkv(x)
-        weights, biases = self.crpe.parameter_lists()
-        drop = self.attn_drop.p if self.attn_drop.training else 0.0
-        namespace = self.aggregator.namespace(qkv) if drop == 0.0 else None
+        namespace = self.namespace(qkv)
         if namespace is not None:
-            mixed, local = self.aggregator.tokens(namespace, qkv, size)
-            core = getattr(torch.ops, namespace).group_mix_attention
-            out, _, _ = core(mixed, local, size[0], size[1], weights, biases, self.scale)
+            mixed, local, statistics = self.aggregator.tokens(namespace, qkv, size)
+            out = self._core(namespace, mixed, local, size)
+            self.aggregator.track(statistics)
         else:
             q, k, v, local = self.aggregator(qkv, size)
-            out = reference.group_mix_attention(q, k, v, local, size, weights, biases, self.scale, drop)
+            out = self.composed(q, k, v, local, size)
         return self.proj_drop(self.proj(out))
 
     @torch.no_grad()
@@ -264,7 +156,7 @@ class GroupMixAttention(nn.Module):
             ValueError: a shape does not fit, or a query is not one of the tokens.
             TypeError: x is not a floating-point tensor.
         """
-        self._check(x, size)
+        self.check(x, size)
         if any(not 0 <= i < x.shape[1] for i in queries):
             raise ValueError(f"queries must lie in [0, {x.shape[1]}), got {list(queries)}")
         training = [m.training for m in self.aggregator.modules()]
@@ -360,3 +252,22 @@ class GroupMixBlock(nn.Module):
         x = self.cpe(x, size)
         x = x + self.drop_path(self.att(self.norm1(x), size))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    @torch.no_grad()
+    def attention_maps(self, x: Tensor, size: tuple[int, int], queries: Sequence[int]) -> Tensor:
+        """:meth:`GroupMixAttention.attention_maps` of what this block's attention sees.
+
+        Args:
+            x: (B, N, C), what the block is called with.
+            size: (H, W) of the token grid.
+            queries: token indices in [0, N).
+
+        Returns:
+            (B, 8, len(queries), H, W).
+
+        Raises:
+            ValueError: a shape does not fit, or a query is not one of the tokens.
+            TypeError: x is not a floating-point tensor.
+        """
+        self.att.check(x, size)
+        return self.att.attention_maps(self.norm1(self.cpe(x, size)), size, queries)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import AUTOCAST_DEVICES
 from .checks import KERNELS, NUM_HEADS
 from .derivatives import (
     accumulation_dtype,
@@ -28,10 +29,11 @@ from .parameters import AggregateParameters
 
 OUTPUTS: dict[str, Callable] = {}  # op -> its fake kernel
 _registered: set[str] = set()
+_libraries: list[torch.library.Library] = []  # a Library's registrations end with its life
 
 
 def register_hooks(namespace: str) -> Any:
-    """Registers fake kernels and gradients for the Group-Mix ops of a namespace, once; returns it."""
+    """Registers the Group-Mix ops of a namespace with fake kernels, autograd and autocast, once."""
     ops = getattr(torch.ops, namespace)
     if namespace not in _registered:
         _registered.add(namespace)
@@ -44,7 +46,25 @@ def register_hooks(namespace: str) -> Any:
         ):
             bound = functools.partial(backward, ops)
             torch.library.register_autograd(f"{namespace}::{name}", bound, setup_context=setup)
+        library = torch.library.Library(namespace, "FRAGMENT")
+        _libraries.append(library)
+        for name, tokens in (("group_mix_aggregate", 1), ("group_mix_attention", 2)):
+            for key, device in AUTOCAST_DEVICES.items():
+                library.impl(name, _autocast_kernel(getattr(ops, name), key, device, tokens), key)
     return ops
+
+
+def _autocast_kernel(op: Any, key: str, device: str, tokens: int) -> Callable:
+    """``op`` with its first ``tokens`` arguments in autocast's dtype; parameters may have any dtype."""
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(*arguments: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        given = (t if t.dtype == torch.float64 else t.to(dtype) for t in arguments[:tokens])
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return op(*given, *arguments[tokens:])
+
+    return kernel
 
 
 def _vmap_rule(name: str, op: Callable) -> Callable:
@@ -146,6 +166,14 @@ def _(grad_out, mixed, log_sum, context, height, width, position_weight, positio
     return mixed.new_empty(mixed.shape), mixed.new_empty(count, dtype=accumulation_dtype(mixed))
 
 
+def call(ops: Any, name: str, qkv: Tensor, *arguments: Any) -> Any:
+    """An op's outputs for a batch, qkv's; zeros for one without images, which kernels do not take but which
+    a process that shares statistics with others may have."""
+    if qkv.numel():
+        return getattr(ops, name)(*arguments)
+    return torch.utils._pytree.tree_map(torch.zero_, OUTPUTS[name](*arguments))
+
+
 # ---- gradients --------------------------------------------------------------------------------------------
 def aggregate_backward(
     ops: Any,
@@ -163,18 +191,19 @@ def aggregate_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of qkv and of depthwise (4), pointwise (4), LayerNorm's weight and bias, in this order."""
     depthwise, pointwise, nw, nb, lw, lb = parameters
-    grad_qkv, flat = ops.group_mix_backward(
-        grad_mixed, grad_local, qkv, premix, prelocal, *size, depthwise, pointwise, nw, nb, *statistics,
-        lw, lb, *eps, sums, count,
+    grad_qkv, flat = call(
+        ops, "group_mix_backward", qkv, grad_mixed, grad_local, qkv, premix, prelocal, *size, depthwise,
+        pointwise, nw, nb, *statistics, lw, lb, *eps, sums, count,
     )  # fmt: skip
     return grad_qkv, unpack(flat, [*depthwise, *pointwise, lw, lb])
 
 
 def norm_gradients(sums: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[list, list]:
     """Gradients of BatchNorm's weights and biases from the sums over tokens."""
+    of_biases, of_weights = sums.to(weights[0].dtype).unbind()  # usually of one dtype: a single conversion
     return (
-        [g.to(w.dtype) for g, w in zip(sums[1].unbind(), weights, strict=True)],
-        [g.to(b.dtype) for g, b in zip(sums[0].unbind(), biases, strict=True)],
+        [g.to(w.dtype) for g, w in zip(of_weights.unbind(), weights, strict=True)],
+        [g.to(b.dtype) for g, b in zip(of_biases.unbind(), biases, strict=True)],
     )
 
 

@@ -36,7 +36,8 @@ def segmented_depthwise_conv2d(
     """Convolves slices of the channels with windows of their own, "same" padding, stride 1.
 
     The token mixer of InceptionNeXt (arXiv 2303.16900) is ``weights=[None, w3x3, w1x11, w11x1]``. The
-    slices are read in place: no segment of the input is copied.
+    slices are read in place: no segment of the input is copied. The outputs of the segments are, once, when
+    they are put side by side; what an identity passes on has to be written anyway.
 
     Args:
         input: (N, C, H, W), of a dtype that :func:`lkconv.depthwise_conv2d` takes.

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lkconv._hooks import has_hooks
 from lkconv.reparam.algebra import fold_dtype, merge_kernels
-from lkconv.reparam.branches import ConvBN, has_hooks, run_branches, uses_batch_statistics
+from lkconv.reparam.branches import ConvBN, run_branches, uses_batch_statistics
 from lkconv.reparam.convolution import autocast_input, convolve, make_layer
 from lkconv.reparam.geometry import Geometry
 

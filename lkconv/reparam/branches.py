@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lkconv._hooks import has_hooks
 from lkconv.reparam.algebra import Branch, identity_geometry, identity_kernel, merge_kernels, module_affine
 from lkconv.reparam.batch_statistics import BatchStatisticsSum, SumSpec
 from lkconv.reparam.convolution import autocast_input, convolve, is_depthwise
@@ -76,16 +77,6 @@ class ConvBN:
 def uses_batch_statistics(bn: nn.Module) -> bool:
     """Whether a batch norm normalises by its batch: in training, or when it tracks no statistics."""
     return bn.training or getattr(bn, "running_mean", None) is None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module runs a user's hook, which folding would skip."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _traced() -> bool:

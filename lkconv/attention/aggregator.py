@@ -1,0 +1,222 @@
+"""The module that owns the parameters of the aggregation, under their published names (arXiv 2311.15157)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import backends
+from .._hooks import is_plain
+from . import aggregate as fused
+from .checks import KERNELS, check_dim, check_tokens
+from .parameters import AggregateParameters
+from .plain import is_plain_depthwise, is_plain_pointwise
+
+
+def tensors_of(modules: Iterable[nn.Module], name: str) -> list[Tensor]:
+    """The parameter or buffer of that name of each module."""
+    return [getattr(m, name) for m in modules]
+
+
+class SeparableConv2d(nn.Module):
+    """Depthwise then pointwise convolution without biases; nothing between them."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(
+            in_channels, in_channels, kernel_size, stride, kernel_size // 2, groups=in_channels, bias=False
+        )
+        self.pointwise_conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise_conv(self.conv1(x))
+
+
+def _is_plain_separable(module: Any, in_channels: int, out_channels: int, kernel_size: int) -> bool:
+    """Whether calling the module is these two convolutions and nothing else."""
+    if not is_plain(module, SeparableConv2d):
+        return False
+    children = module._modules
+    return is_plain_depthwise(children["conv1"], in_channels, kernel_size, False) and is_plain_pointwise(
+        children["pointwise_conv"], in_channels, out_channels
+    )
+
+
+class LocalBranch(nn.Module):
+    """The non-attention branch: q, k and v of the last segment to d channels, LayerNorm, hardswish."""
+
+    def __init__(self, segment: int) -> None:
+        super().__init__()
+        self.conv = SeparableConv2d(3 * segment, segment, 3)
+        self.norm = nn.LayerNorm(segment)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3 * d, H, W) -> (B, N, d)."""
+        return F.hardswish(self.norm(self.conv(x).flatten(2).transpose(1, 2)))
+
+
+def _is_plain_local(module: Any, d: int) -> bool:
+    """Whether calling the module is the formula of :class:`LocalBranch` and nothing else."""
+    if not is_plain(module, LocalBranch):
+        return False
+    conv, norm = module._modules["conv"], module._modules["norm"]
+    return (
+        _is_plain_separable(conv, 3 * d, d, KERNELS[3])
+        and is_plain(norm, nn.LayerNorm)
+        and norm.normalized_shape == (d,)
+        and norm.weight is not None
+        and norm.bias is not None
+    )
+
+
+class GroupMixAggregator(nn.Module):
+    """:func:`lkconv.group_mix_aggregate` with the published parameters.
+
+    Args:
+        dim: C, a multiple of 5 with 4 C / 5 divisible by 8.
+        num_heads: 8.
+
+    The BatchNorms may be ``nn.SyncBatchNorm`` (``nn.SyncBatchNorm.convert_sync_batchnorm``): their statistics
+    are then exchanged with one collective for all four. With other modules in the place of these, hooks on
+    any of them (pruning, the older weight and spectral norms), or BatchNorms of which some are frozen, the
+    submodules are called one after another. Parametrised weights are read as they are.
+
+    Shapes: qkv (B, N, 3 * C) and size (H, W) with H * W = N -> q, k, v (B, 8, N, d / 2) and local (B, N, d),
+    d = C / 5; float64, float32, float16 or bfloat16.
+
+    Raises:
+        ValueError: dim or num_heads is another, or on a call a shape does not fit.
+        TypeError: on a call, qkv is not a floating-point tensor.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8) -> None:
+        super().__init__()
+        check_dim(dim, num_heads)
+        self.dim, self.num_heads = dim, num_heads
+        d = dim // 5
+        self.norm0 = nn.BatchNorm2d(d)
+        self.agg1, self.norm1 = SeparableConv2d(d, d, 3), nn.BatchNorm2d(d)
+        self.agg2, self.norm2 = SeparableConv2d(d, d, 5), nn.BatchNorm2d(d)
+        self.agg3, self.norm3 = SeparableConv2d(d, d, 7), nn.BatchNorm2d(d)
+        self.agg0 = LocalBranch(d)
+
+    def norms(self) -> list[Any]:
+        children = self._modules  # attributes that are modules are slow to look up, and a call asks for many
+        return [children["norm0"], children["norm1"], children["norm2"], children["norm3"]]
+
+    def _fusible(self) -> bool:
+        """Whether calling the submodules is the formula of the fused op and nothing else."""
+        d, children = self.dim // 5, self._modules
+        return (
+            self._norms_agree()
+            and all(_is_plain_separable(children[f"agg{i}"], d, d, KERNELS[i - 1]) for i in (1, 2, 3))
+            and _is_plain_local(children["agg0"], d)
+        )
+
+    def _norms_agree(self) -> bool:
+        """Whether the four norms are BatchNorms that differ in nothing but their parameters."""
+        norms = self.norms()
+        if not all(is_plain(n, nn.BatchNorm2d, nn.SyncBatchNorm) and n.affine for n in norms):
+            return False
+        settings = [
+            (
+                type(n), n.training, n.eps, n.momentum, n.track_running_stats,
+                n.process_group if isinstance(n, nn.SyncBatchNorm) else None,
+                *(t is None for t in n._buffers.values()),
+            )
+            for n in norms
+        ]  # fmt: skip
+        first = norms[0]
+        whole = (first.running_mean is None) == (first.running_var is None)
+        return whole and all(s == settings[0] for s in settings[1:])
+
+    def _group(self) -> fused.Group | None:
+        """The processes that share the statistics of this batch, if any."""
+        norm = self.norm0
+        if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available()):
+            return None
+        return fused.shared_group(norm.process_group or dist.group.WORLD)
+
+    def tokens(
+        self, namespace: str, qkv: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, fused.BatchStatistics | None]:
+        """qkv (B, N, 3 * C) -> mixed (3, B, N, 4 * d), local (B, N, d), through a namespace's fused op.
+
+        The third result is for :meth:`track`, once nothing in the call can fail any more.
+        """
+        norms = self.norms()
+        by_batch = self.norm0.training or self.norm0.running_mean is None
+        separable = [self.agg1, self.agg2, self.agg3, self.agg0.conv]
+        parameters = AggregateParameters(
+            tensors_of([s.conv1 for s in separable], "weight"),
+            tensors_of([s.pointwise_conv for s in separable], "weight"),
+            tensors_of(norms, "weight"),
+            tensors_of(norms, "bias"),
+            self.agg0.norm.weight,
+            self.agg0.norm.bias,
+        )
+        return fused.aggregate_tokens(
+            namespace,
+            fused.autocast(qkv),
+            size,
+            parameters,
+            None if by_batch else (tensors_of(norms, "running_mean"), tensors_of(norms, "running_var")),
+            (self.norm0.eps, self.agg0.norm.eps),
+            self._group(),
+        )
+
+    def track(self, statistics: fused.BatchStatistics | None) -> None:
+        """Notes a batch in the running statistics, as the BatchNorms themselves do."""
+        norms, first = self.norms(), self.norm0
+        if statistics is None or not (first.training and first.track_running_stats):
+            return
+        momentum = first.momentum
+        if first.num_batches_tracked is not None:
+            for norm in norms:
+                norm.num_batches_tracked.add_(1)
+            if momentum is None:  # the average over all batches
+                momentum = 1.0 / float(first.num_batches_tracked)
+        if first.running_mean is not None:
+            means, variances = tensors_of(norms, "running_mean"), tensors_of(norms, "running_var")
+            statistics.update(means, variances, momentum or 0.0)
+
+    def composed(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same from this module's own submodules, one after another."""
+        batch, tokens, channels = qkv.shape
+        d, (height, width) = channels // 15, size
+        x = qkv.reshape(batch, height, width, 3, 5, d).permute(4, 3, 0, 5, 1, 2)
+        convs: Sequence[Callable[[Tensor], Tensor]] = (nn.Identity(), self.agg1, self.agg2, self.agg3)
+        mixed = [
+            F.hardswish(norm(conv(x[s].reshape(3 * batch, d, height, width))))
+            for s, (conv, norm) in enumerate(zip(convs, self.norms(), strict=True))
+        ]
+        heads = (
+            torch.cat(mixed, 1)
+            .reshape(3, batch, self.num_heads, 4 * d // self.num_heads, tokens)
+            .transpose(-1, -2)
+        )
+        local = self.agg0(x[4].transpose(0, 1).reshape(batch, 3 * d, height, width))
+        q, k, v = heads.unbind()
+        return q, k, v, local
+
+    def namespace(self, qkv: Tensor) -> str | None:
+        """Whose fused kernels this call takes; None where it runs as plain PyTorch."""
+        return fused.namespace(qkv, self._group() is not None) if self._fusible() else None
+
+    @backends.retried
+    def forward(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """qkv (B, N, 3 * C) of an H x W grid -> q, k, v (B, 8, N, d / 2) and local (B, N, d)."""
+        check_tokens(qkv, size, "qkv")
+        if qkv.shape[2] != 3 * self.dim:
+            raise ValueError(f"qkv must have 3 * dim = {3 * self.dim} channels, got {qkv.shape[2]}")
+        namespace = self.namespace(qkv)
+        if namespace is None:
+            return self.composed(qkv, size)
+        mixed, local, statistics = self.tokens(namespace, qkv, size)
+        self.track(statistics)
+        return *fused.split_heads(mixed, self.num_heads), local
