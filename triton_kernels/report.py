@@ -53,9 +53,9 @@ def plan(
     device = device_at(machine) if isinstance(machine, int) else None
     facts = machine_of(device_at(machine)) if isinstance(machine, int) else machine
     tf32 = allow_tf32 if allow_tf32 is not None else device is not None and tf32_allowed(device)
-    problem = make_problem(
+    problem = make_problems(
         pass_name, size, out_channels, kernel_size, stride, padding, dilation, channels_last
-    )
+    )[0]
     is_conv = isinstance(problem, ConvProblem)
     found = plan_conv(problem, dtype, facts, tf32) if is_conv else plan_weight(problem, dtype, facts, tf32)
     plans, declined = found
@@ -92,7 +92,17 @@ def device_at(index: int) -> torch.device:
     return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, index)
 
 
-def make_problem(pass_name, size, out_channels, kernel_size, stride, padding, dilation, channels_last):
+def make_problems(
+    pass_name: str,
+    size: Sequence[int],
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+) -> list:
+    """The problems of one call on dense tensors: one, or one for each stride phase of backward_input."""
     height, width = (
         output_size(size[2 + i], kernel_size[i], stride[i], padding[i], dilation[i]) for i in (0, 1)
     )
@@ -102,11 +112,11 @@ def make_problem(pass_name, size, out_channels, kernel_size, stride, padding, di
     x_strides, y_strides = dense_strides(size, channels_last), dense_strides(y_size, channels_last)
     geometry = (stride, padding, dilation)
     if pass_name == "forward":
-        return forward_problem(size, x_strides, w_size, w_strides, y_strides, *geometry)
+        return [forward_problem(size, x_strides, w_size, w_strides, y_strides, *geometry)]
     if pass_name == "backward_input":
-        return backward_input_problems(size, y_size, y_strides, w_size, w_strides, x_strides, *geometry)[0][0]
+        return backward_input_problems(size, y_size, y_strides, w_size, w_strides, x_strides, *geometry)[0]
     if pass_name == "backward_weight":
-        return backward_weight_problem(size, x_strides, y_size, y_strides, kernel_size, *geometry)
+        return [backward_weight_problem(size, x_strides, y_size, y_strides, kernel_size, *geometry)]
     raise ValueError(f"pass_name must be forward, backward_input or backward_weight, got {pass_name!r}")
 
 
