@@ -22,9 +22,10 @@ class PassPlan:
     """How one pass is computed.
 
     ``tile`` is rows by columns (Triton: the sides of a block); ``block`` says what a block of threads does
-    with such tiles (CUDA). ``scratch_bytes`` are those of the whole call, on a CPU those of one thread.
-    ``in_place`` says that tensors are read where they are, without copies in scratch. ``alternatives`` are
-    the other algorithms of the same backend, each with the reason why it was not taken.
+    with such tiles (CUDA). ``flops`` and ``scratch_bytes`` are those of the whole call, all stride phases
+    together; scratch on a CPU is that of one thread. ``in_place`` says that tensors are read where they are,
+    without copies in scratch. ``alternatives`` are the other algorithms of the same backend, each with the
+    reason why it was not taken.
     """
 
     algorithm: str
@@ -154,7 +155,7 @@ class _Layout(NamedTuple):
 def _plan(
     backend: str, pass_name: str, problem: Any, dtype: str, device: torch.device, layout: _Layout
 ) -> PassPlan:
-    if backend == "cuda" and 0 in (*problem[0], problem[1]):
+    if backend in ("cuda", "triton") and 0 in (*problem[0], problem[1]):
         return PassPlan("none: the tensors are empty", None, None, 0.0, 0, ())
     candidates = _candidates(backend, pass_name, problem, dtype, device, layout)
     if candidates is None:

@@ -145,7 +145,7 @@ def test_report_of_a_device_shows_the_stored_choice(monkeypatch, tmp_path):
     torch.use_deterministic_algorithms(False)
     try:
         args = ("forward", (64, 384, 32, 32), 384, (31, 31), (1, 1), (15, 15), (1, 1), "float16")
-        (conv,) = report.make_problems(*args[:-1], False)
+        (conv,) = report.make_problems(*args[:-1], False)[0]
         device = report.device_at(0)
         plans, _ = planner.plan_conv(conv, "float16", kernels("machine").machine_of(device))
         other = plans[3]
@@ -167,7 +167,7 @@ def planned(pass_name, width, dtype, stride, padding):
     device = torch.device("cpu")
     found = []
     for channels_last in (False, True):
-        for one in kernels("report").make_problems(*facts, channels_last):
+        for one in kernels("report").make_problems(*facts, channels_last)[0]:
             conv = pass_name != "backward_weight"
             plans, _ = (planner.plan_conv if conv else planner.plan_weight)(one, dtype, planner.H200)
             key = (keys.conv_key if conv else keys.weight_key)(one, dtype, device, False)
@@ -196,7 +196,7 @@ def test_stored_choices_of_two_widths_hold_beside_each_other(widths, monkeypatch
     stored = []
     for width in widths:
         args = ("forward", (8, 64, width, width), 64, (13, 13), (1, 1), (6, 6), (1, 1))
-        (conv,) = kernels("report").make_problems(*args, False)
+        (conv,) = kernels("report").make_problems(*args, False)[0]
         plans, _ = planner.plan_conv(conv, "float16", planner.H200)
         key = keys.conv_key(conv, "float16", device, False)
         last = [p for p in plans if p.algorithm == "toeplitz"][-1]
