@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Everything a machine with a GPU can say about lkconv, within a given time: builds the modules for the present GPU,
 # runs all GPU tests, looks for bad accesses and races with compute-sanitizer, and measures the published table, the
-# layers of real models, and Triton's kernels beside the CUDA ones. A failed step does not stop the next.
+# layers of real models, Triton's kernels beside the CUDA ones, and blocks of merged kernels and Group-Mix attention. A
+# failed step does not stop the next.
 #
 #   bench/gpu_check.sh [--budget SECONDS] [step ...]
 #
-# Steps, in the order in which they run: build test sanitize table bench triton. Default: all of them. Where a single
+# Steps, in the order in which they run: build test sanitize table bench triton blocks. Default: all of them. Where a single
 # call may not last long enough, name a few steps in each; results gather in WORK.
 #
 # The budget is split over the chosen steps by the weights below; what a step leaves unused goes to those after it.
@@ -19,7 +20,9 @@
 #   PYTHON      interpreter whose torch sees the GPU (default: python3)
 #   SANITIZER   compute-sanitizer (default: the one on PATH)
 #   JOBS        pytest processes, where pytest-xdist is installed (default: half the cores, at most 8)
-#   SUITES      suites of the bench step (default: replknet unireplknet convnext slak)
+#   RESULTS     also receives every JSON file, named gpu-<name>.json as bench/results/README.md says (default: nothing;
+#               bench/results to keep them for comparisons)
+#   SUITES      suites of the bench step (default: replknet unireplknet convnext slak inceptionnext dense_prediction)
 #   BENCH_ARGS  more arguments for every measurement, for example --quick
 set -u
 cd "$(dirname "$0")/.." || exit 2
@@ -33,7 +36,8 @@ OUT=${OUT:-build/gpu_check}
 WORK=${WORK:-build/gpu_check/work}
 PYTHON=${PYTHON:-python3}
 SANITIZER=${SANITIZER:-compute-sanitizer}
-SUITES=${SUITES:-replknet unireplknet convnext slak}
+SUITES=${SUITES:-replknet unireplknet convnext slak inceptionnext dense_prediction}
+RESULTS=${RESULTS:-}
 BENCH_ARGS=${BENCH_ARGS:-}
 RESERVE=${RESERVE:-25}
 SHORTEST=5 # seconds below which a step is not worth starting
@@ -51,15 +55,17 @@ declare -A PARTS=(
   [table]="table table-tf32"
   [bench]="layers layers-tf32 layers-float64"
   [triton]="triton"
+  [blocks]="reparam group_mix"
 )
 declare -A WEIGHT=(
   [build]=40 [info]=2 [test]=20 [memcheck]=6 [racecheck]=6 [table]=10 [table-tf32]=4
   [layers]=8 [layers-tf32]=3 [layers-float64]=2 [triton]=8
+  [reparam]=3 [group_mix]=3
 )
-IMPORTANT="table layers triton" # whose JSON files lie beside the archive
+IMPORTANT="table layers triton reparam group_mix" # whose JSON files lie beside the archive
 
 usage() {
-  echo "gpu_check: $1; usage: bench/gpu_check.sh [--budget SECONDS] [build|test|sanitize|table|bench|triton ...]" >&2
+  echo "gpu_check: $1; usage: bench/gpu_check.sh [--budget SECONDS] [build|test|sanitize|table|bench|triton|blocks ...]" >&2
   exit 2
 }
 
@@ -68,7 +74,7 @@ for name in "$@"; do
   [[ -v "PARTS[$name]" ]] || usage "there is no step '$name'"
 done
 parts=()
-for name in build test sanitize table bench triton; do
+for name in build test sanitize table bench triton blocks; do
   if [ $# -eq 0 ] || [[ " $* " == *" $name "* ]]; then
     # shellcheck disable=SC2206 # a list of words
     parts+=(${PARTS[$name]})
@@ -76,7 +82,7 @@ for name in build test sanitize table bench triton; do
   if [ "$name" = build ]; then parts+=(info); fi
 done
 
-mkdir -p "$OUT" "$WORK"
+mkdir -p "$OUT" "$WORK" ${RESULTS:+"$RESULTS"}
 failed=()
 
 # Everything so far, so that a call that is ended from outside loses no more than its last step.
@@ -85,6 +91,9 @@ pack() {
   tar -czf "$OUT/.partial" -C "$WORK" . && mv "$OUT/.partial" "$OUT/gpu_check.tar.gz"
   cp "$WORK/summary.md" "$OUT/" 2>/dev/null
   for name in $IMPORTANT; do cp "$WORK/$name.json" "$OUT/" 2>/dev/null; done
+  if [ -n "$RESULTS" ]; then
+    for name in "$WORK"/*.json; do [ -s "$name" ] && cp "$name" "$RESULTS/gpu-${name##*/}"; done
+  fi
   return 0
 }
 
@@ -140,8 +149,8 @@ part_test() {
 # A case of every kernel family with what selects other code: M over images, a strip, strides, dilation, a channel
 # multiplier, channels_last, a slice. Small, since the tools slow kernels down a hundredfold.
 few_tests() {
-  local sizes='2x3x9x11-k3x3 or 17x1x14x14-k27x27 or 1x2x20x24-k51x5 or 1x2x17x30-k7x7-p3x3-s2x1'
-  sizes="$sizes or 1x2x16x19-k5x4-p2x2-s3x2-d2x3 or 1x2x20x26-k7x7-p9x9-d3x3 or 1x3x12x13-k7x7-p3x3-m2"
+  local sizes='2x3x9x11-k3x3 or 17x1x14x14-k27x27 or 1x2x20x24-k51x5 or 1x17x16x19-k7x7-p3x3-s2x1'
+  sizes="$sizes or 1x3x30x18-k4x3-p3x5-s3x2-d6x4 or 1x5x20x22-k7x7-p9x9-d3x3 or 2x3x9x10-k3x3-p1x1-m2"
   sizes="$sizes or 2x2x11x16-k5x9-p2x4-s2x2-m3 or 2x20x9x11-k7x7 or 2x3x13x15-k9x9"
   local kinds='-f32-auto or tf32-toeplitz or bf16-direct or bf16-toeplitz'
   echo "(test_case and ($sizes) and ($kinds))" \
@@ -184,9 +193,21 @@ measure() {
   part_triton() { measure "$1" triton --suite paper_table --dtype bfloat16 float32 --backend cuda triton; }
 }
 
+# blocks SECONDS COMMAND: a benchmark of whole blocks, which has no budget of its own. Older ones know no --device.
+blocks() {
+  if ! "$PYTHON" -m bench "$2" --help 2>/dev/null | grep -q -e '--device'; then
+    note "$2: not run (python -m bench $2 has no --device)"
+    return 0
+  fi
+  SHOW=60 limited "$1" "$2" "$PYTHON" -m bench "$2" --device cuda --json "$WORK/$2.json"
+}
+part_reparam() { blocks "$1" reparam; }
+part_group_mix() { blocks "$1" group_mix; }
+
 finish() {
   local files=() name
-  for name in "$WORK"/*.json; do [ -s "$name" ] && files+=("$name"); done
+  # The tables are of layers; blocks have rows of another kind.
+  for name in "$WORK"/{table,layers,triton}*.json; do [ -s "$name" ] && files+=("$name"); done
   if [ ${#files[@]} -gt 0 ] && [ "${measured:-0}" -gt 0 ]; then
     timeout 60 "$PYTHON" -m bench table "${files[@]}" >"$WORK/all.md" &&
       { echo && cat "$WORK/all.md"; } >>"$WORK/summary.md"

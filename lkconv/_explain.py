@@ -13,7 +13,6 @@ from lkconv import _C, backends
 from lkconv._fake import output_size
 from lkconv._validate import Pair, check_sizes, check_types, computed_dtype, is_strided, padding_pair, pair
 
-PASSES = ("forward", "backward_input", "backward_weight")
 Alternatives = tuple[tuple[str, str], ...]
 
 
@@ -22,9 +21,10 @@ class PassPlan:
     """How one pass is computed.
 
     ``tile`` is rows by columns (Triton: the sides of a block); ``block`` says what a block of threads does
-    with such tiles (CUDA). ``scratch_bytes`` are those of the whole call, on a CPU those of one thread.
-    ``in_place`` says that tensors are read where they are, without copies in scratch. ``alternatives`` are
-    the other algorithms of the same backend, each with the reason why it was not taken.
+    with such tiles (CUDA). ``flops`` and ``scratch_bytes`` are those of the whole call, all stride phases
+    together; scratch on a CPU is that of one thread. ``in_place`` says that tensors are read where they are,
+    without copies in scratch. ``alternatives`` are the other algorithms of the same backend, each with the
+    reason why it was not taken.
     """
 
     algorithm: str
@@ -127,20 +127,23 @@ def explain(
     batch = input.shape[:-2] if input.dim() == 4 else (1, input.shape[0])
     size = (*batch, input.shape[-2] + extra[0], input.shape[-1] + extra[1])
     dtype = computed_dtype(input)
+    problem = (size, weight.shape[0], tuple(weight.shape[2:]), stride, padding, dilation)
+    strided = is_strided(input, weight)
+    channels_last = input.dim() == 4 and input.stride(1) == 1 and input.shape[1] > 1
     choice = backends.choose(input.device, dtype)
+    if strided:
+        choice = backends.choose_for(choice, input.device, dtype, problem, channels_last)
     name, declined = choice.name, choice.declined
-    if name != "torch" and not is_strided(input, weight):
+    if name != "torch" and not strided:
         declined = ((name, "takes strided tensors"), *(d for d in declined if d[0] != "torch"))
         name = "torch"
-    problem = (size, weight.shape[0], tuple(weight.shape[2:]), stride, padding, dilation)
     dtype_name = str(dtype).removeprefix("torch.")
     call = (
         f"depthwise_conv2d of input {size} {dtype_name} on {input.device}, weight {tuple(weight.shape)}, "
         f"stride {stride}, padding {padding}, dilation {dilation}"
     )
-    channels_last = input.dim() == 4 and input.stride(1) == 1 and input.shape[1] > 1
     layout = _Layout(channels_last, dense=not channels_last or input.stride(3) == input.shape[1])
-    passes = {p: _plan(name, p, problem, dtype_name, input.device, layout) for p in PASSES}
+    passes = {p: _plan(name, p, problem, dtype_name, input.device, layout) for p in backends.PASSES}
     return Explanation(call, name, passes, declined)
 
 
@@ -154,7 +157,7 @@ class _Layout(NamedTuple):
 def _plan(
     backend: str, pass_name: str, problem: Any, dtype: str, device: torch.device, layout: _Layout
 ) -> PassPlan:
-    if backend == "cuda" and 0 in (*problem[0], problem[1]):
+    if backend in ("cuda", "triton") and 0 in (*problem[0], problem[1]):
         return PassPlan("none: the tensors are empty", None, None, 0.0, 0, ())
     candidates = _candidates(backend, pass_name, problem, dtype, device, layout)
     if candidates is None:
@@ -218,16 +221,10 @@ def _candidates(
         module: Any = backends.cuda_module()[0]
         cudnn: Any = torch.backends.cudnn
         tf32 = cudnn.conv.fp32_precision == "tf32"
-        return module.plan(pass_name, *problem, dtype, layout.channels_last, tf32, **_cuda_machine(device))
+        machine = backends.cuda_machine(device)._asdict()
+        return module.plan(pass_name, *problem, dtype, layout.channels_last, tf32, **machine)
     planner = importlib.import_module("lkconv.triton_kernels").plan
     return planner(pass_name, *problem, dtype, device.index or 0, layout.channels_last)
-
-
-def _cuda_machine(device: torch.device) -> dict[str, int]:
-    """The GPU as the CUDA planner wants to know it."""
-    module: Any = backends.cuda_module()[0]
-    with torch.cuda.device(device):
-        return module.machine()
 
 
 def _direct_flops(

@@ -18,10 +18,16 @@ from typing import Any, NamedTuple
 import torch
 
 from lkconv import gpu_images
-from lkconv._validate import CONVOLVED
+from lkconv._validate import CONVOLVED, Pair
 from lkconv.ops import Ops, register_hooks
 
+# Size (N, C, H, W) of the input, output channels, kernel size, stride, padding, dilation: ints.
+Problem = tuple[tuple[int, ...], int, tuple[int, ...], Pair, Pair, Pair]
+
 DTYPES = CONVOLVED[:4]
+PASSES = ("forward", "backward_input", "backward_weight")
+
+MAX_CHOICES = 1024
 
 _log = logging.getLogger("lkconv")
 
@@ -102,6 +108,41 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
+class CudaMachine(NamedTuple):
+    """A GPU as the CUDA planner wants to know it. Where there is none to ask, an H100: its own default."""
+
+    sms: int = 132
+    shared_per_block: int = 232448
+    shared_per_sm: int = 233472
+
+
+@functools.lru_cache
+def cuda_machine(device: torch.device) -> CudaMachine:
+    """The GPU ``device``; fake tensors may be of one that is not there."""
+    if _capability(device) is None:
+        return CudaMachine()
+    module: Any = cuda_module()[0]
+    with torch.cuda.device(device):
+        return CudaMachine(**module.machine())
+
+
+@functools.lru_cache(maxsize=4096)
+def _no_cuda_plan(
+    machine: CudaMachine, dtype: torch.dtype, problem: Problem, channels_last: bool
+) -> str | None:
+    """Why no algorithm of the CUDA kernels takes a pass of ``problem``, or None."""
+    if 0 in problem[0]:
+        return None
+    module: Any = cuda_module()[0]
+    name = str(dtype).removeprefix("torch.")
+    for pass_name in PASSES:
+        # Without tf32: what depends on a switch of torch must not be remembered.
+        found = module.plan(pass_name, *problem, name, channels_last, False, **machine._asdict())
+        if not any(candidate["possible"] for candidate in found):
+            return f"no algorithm takes {pass_name}: {found[0]['reason']}"
+    return None
+
+
 def _cuda_lacks(family: str) -> str | None:
     """Whether the compiled module serves a family: what it lacks is not with the dispatcher."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -156,7 +197,8 @@ def _known(name: str, source: str) -> str:
 _environment = (
     _known(os.environ["LKCONV_BACKEND"], "LKCONV_BACKEND") if os.environ.get("LKCONV_BACKEND") else None
 )
-_choices: dict[tuple[str | None, torch.device, torch.dtype, str], Choice] = {}
+_Key = tuple[str | None, torch.device, torch.dtype, str, str | None]  # the arguments of _decide
+_choices: dict[_Key, Choice] = {}
 _gave_up: dict[tuple[str, torch.device, torch.dtype, str], str] = {}
 
 
@@ -217,7 +259,20 @@ def retried(function: Callable) -> Callable:
 
 def choose(device: torch.device, dtype: torch.dtype, family: str = "depthwise_conv2d") -> Choice:
     """The backend of a family of ops for tensors of ``device`` and ``dtype`` in this thread."""
-    return _cached((_request.name, device, dtype, family))
+    return _cached((_request.name, device, dtype, family, None))
+
+
+def choose_for(
+    choice: Choice, device: torch.device, dtype: torch.dtype, problem: Problem, channels_last: bool
+) -> Choice:
+    """What computes one convolution, ``choice`` or, where that has no algorithm for it, the next backend.
+
+    Sizes that are symbols count as ordinary ones.
+    """
+    if choice.name != "cuda" or torch.SymInt in map(type, (*problem[0], *problem[2])):
+        return choice  # the others take every size
+    refused = _no_cuda_plan(cuda_machine(device), dtype, problem, channels_last)
+    return choice if refused is None else _cached((_request.name, device, dtype, "depthwise_conv2d", refused))
 
 
 def namespace(device: torch.device, dtype: torch.dtype, family: str = "depthwise_conv2d") -> str | None:
@@ -226,7 +281,7 @@ def namespace(device: torch.device, dtype: torch.dtype, family: str = "depthwise
 
 
 def _namespace_for(request: str | None, device: torch.device, dtype: torch.dtype, family: str) -> str | None:
-    ops = _cached((request, device, dtype, family)).ops
+    ops = _cached((request, device, dtype, family, None)).ops
     return None if ops is None else ops.forward.namespace
 
 
@@ -236,20 +291,29 @@ def _namespace_for(request: str | None, device: torch.device, dtype: torch.dtype
 _namespace_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _cached(key: tuple[str | None, torch.device, torch.dtype, str]) -> Choice:
+def _cached(key: _Key) -> Choice:
     choice = _choices.get(key)
     if choice is None:
+        if len(_choices) >= MAX_CHOICES:
+            _choices.clear()
         choice = _choices[key] = _decide(*key)
     return choice
 
 
 def _decide(
-    request: str | None, device: torch.device, dtype: torch.dtype, family: str = "depthwise_conv2d"
+    request: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    family: str = "depthwise_conv2d",
+    refused: str | None = None,
 ) -> Choice:
+    """``refused``: why the CUDA kernels cannot take the call at hand, whose tensors they would take."""
     taken: Backend | None = None
     declined = []
     for backend in sorted(BACKENDS, key=lambda b: b.name != request):  # stable: the request first
         why = backend.declines(device, dtype) or backend.lacks(family)
+        if backend.name == "cuda":
+            why = why or refused
         if backend.name != request:
             why = why or _gave_up.get((backend.name, device, dtype, family))
         if taken is not None:

@@ -77,7 +77,13 @@ def _dispatch(
         return _compiled(input, weight, bias, stride, padding, dilation)
     # Autocast changes the dtype to choose for; asking whether it is on at all is the cheaper question.
     dtype = computed_dtype(input) if torch._C._is_any_autocast_enabled() else input.dtype
-    ops = backends.choose(input.device, dtype).ops
+    choice = backends.choose(input.device, dtype)
+    if choice.name == "cuda" and is_strided(input, weight):
+        size, (out_channels, _, *kernel_size) = tuple(input.shape), weight.shape
+        problem = (size, out_channels, tuple(kernel_size), stride, padding, dilation)
+        channels_last = input.stride(1) == 1 and size[1] > 1
+        choice = backends.choose_for(choice, input.device, dtype, problem, channels_last)
+    ops = choice.ops
     if ops is None or not is_strided(input, weight):
         return reference.depthwise_conv2d(input, weight, bias, stride, padding, dilation)
     if _is_plain(input, weight, bias):

@@ -22,8 +22,8 @@ pytestmark = [
 ]
 
 if torch.cuda.is_available():
-    import lkconv._C
-    import lkconv._C_cuda  # noqa: F401 - registers the CUDA kernels
+    import lkconv
+    import lkconv._C_cuda  # registers the CUDA kernels
 
 Tensors = tuple[torch.Tensor, ...]  # input, weight, bias, grad_output
 TORCH_DTYPE = {
@@ -211,6 +211,27 @@ def test_cuda_graph(pass_name: str, dtype_name: str) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, op(pass_name, case, t))
+
+
+@pytest.mark.parametrize("pass_name", PASSES)
+def test_a_workspace_that_does_not_fit_is_out_of_memory(pass_name: str) -> None:
+    """There is room for the output, but not for all that the call takes beside it."""
+    case = same((64, 128, 56, 56), (31, 31), layout="nhwc")
+    t = tensors(case, torch.bfloat16)
+    expected = op(pass_name, case, t)
+    scratch = lkconv.explain(t[0], t[1], padding=15).passes[pass_name].scratch_bytes
+    if scratch < 2**25:
+        pytest.skip("the kernels take next to no scratch here")
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_reserved() + expected.nbytes + scratch // 2
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties().total_memory)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            op(pass_name, case, t)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(op(pass_name, case, t), expected), "a failed call leaves nothing behind"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

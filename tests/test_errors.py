@@ -77,6 +77,12 @@ CASES = {
     "dilation 0": (ValueError, "dilation must be .* at least 1; got 0", dict(dilation=0)),
     "dilation float": (TypeError, r"dilation must be .*; got \(1, 2.0\)", dict(dilation=(1, 2.0))),
     "padding negative": (ValueError, "padding must be .* at least 0; got -1", dict(padding=-1)),
+    "padding beyond 64 bits": (
+        ValueError,
+        r"padding must be at most 2\*\*61; got \(1, 4611686018427387904\)",
+        dict(padding=(1, 2**62)),
+    ),
+    "padding wraps": (ValueError, "padding must be at most", dict(padding=2**63 - 1)),
     "padding bool": (TypeError, r"padding must be .*\(a bool\)", dict(padding=(False, 1))),
     "padding word": (ValueError, "padding must be .* 'same' or 'valid'; got 'full'", dict(padding="full")),
     "same strided": (

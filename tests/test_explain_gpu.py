@@ -7,15 +7,16 @@ import importlib.util
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lkconv
 from float32_precision import tf32_allowed
-from lkconv import _explain, backends
+from lkconv import backends
 
 HAS_CUDA_MODULE = torch.version.cuda is not None and importlib.util.find_spec("lkconv._C_cuda") is not None
 needs_cuda_module = pytest.mark.skipif(not HAS_CUDA_MODULE, reason="lkconv._C_cuda was not built")
-H100 = {"sms": 132, "shared_per_block": 232448, "shared_per_sm": 233472}
-SMALL = {"sms": 84, "shared_per_block": 101376, "shared_per_sm": 102400}
+H100 = backends.CudaMachine()
+SMALL = backends.CudaMachine(sms=84, shared_per_block=101376, shared_per_sm=102400)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FORMATS = (torch.contiguous_format, torch.channels_last)
 PASSES = ("forward", "backward_input", "backward_weight")
@@ -30,7 +31,7 @@ def choices_of_its_own(monkeypatch):
 @pytest.fixture
 def cuda_machine(monkeypatch, request):
     machine = getattr(request, "param", H100)
-    monkeypatch.setattr(_explain, "_cuda_machine", lambda device: machine)
+    monkeypatch.setattr(backends, "cuda_machine", lambda device: machine)
 
 
 def explain(size, kernel, dtype=torch.bfloat16, memory_format=torch.contiguous_format, multiplier=1, **call):
@@ -120,12 +121,59 @@ def test_reasons_against_the_other_algorithm(cuda_machine, monkeypatch):
     assert reason() == "LKCONV_TOEPLITZ=0"
 
 
+FAR = {"dilation": (1, 9000), "padding": (0, 5000)}  # a window far wider than shared memory
+
+
 @needs_cuda_module
-def test_what_no_algorithm_takes_is_said(cuda_machine):
-    report = explain((1, 1, 1, 2**29 + 8), (1, 3))
-    assert report.algorithm == "none" and report.tile is None
-    assert dict(report.alternatives)["cuda:direct"].endswith("is beyond 2^29")
-    assert "forward: none" in str(report)
+@pytest.mark.parametrize(
+    ("size", "kernel", "call", "reason"),
+    [
+        ((1, 1, 1, 2**29 + 8), (1, 3), {}, "an extent of 536870920 is beyond 2^29"),
+        ((1, 2, 1, 2**28), (1, 3), {"dilation": (1, 2**28 - 1), "padding": (0, 2**28)}, "is beyond 2^29"),
+        ((2, 3, 40, 10000), (3, 3), FAR, "bytes of shared memory"),
+    ],
+)
+def test_what_no_algorithm_takes_another_backend_computes(size, kernel, call, reason, cuda_machine, caplog):
+    with caplog.at_level("WARNING", "lkconv"):
+        report = explain(size, kernel, torch.float64, **call)
+    assert report.backend in ("triton", "torch") and not caplog.records
+    why = dict(report.alternatives)["cuda"]
+    assert why.startswith("no algorithm takes ") and why.endswith(reason)
+    assert f"  not cuda: {why}" in str(report)
+    with lkconv.use_backend("cuda"):
+        for _ in range(2):
+            asked = explain(size, kernel, torch.float64, **call)
+    assert asked.backend == report.backend and dict(asked.alternatives)["cuda"] == f"asked for, but {why}"
+    assert len(caplog.records) == 1 and why in caplog.text, "a request that fails is logged once"
+    ordinary = explain((2, 3, 40, 40), (3, 3), torch.float64, padding=1)
+    assert ordinary.backend == "cuda", "one call's sizes decide about no other"
+
+
+class Called(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+@needs_cuda_module
+def test_a_call_that_no_cuda_kernel_takes_is_computed_elsewhere(cuda_machine, monkeypatch):
+    """Forward and both gradients; were the forward left to CUDA, its gradients would raise."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # or FakeTensorMode would use the GPU
+    with FakeTensorMode() as mode, Called() as called:
+        x, w = (mode.from_tensor(torch.empty(s, device="meta")) for s in ((2, 3, 40, 10000), (3, 1, 3, 3)))
+        x.fake_device = w.fake_device = torch.device("cuda:0")
+        lkconv.depthwise_conv2d(x, w, **FAR)
+        refused, called.names = called.names, []
+        lkconv.depthwise_conv2d(x, w, padding=1)
+    ours = [[n for n in names if n.startswith("lkconv::")] for names in (refused, called.names)]
+    assert ours == [[], ["lkconv::depthwise_conv2d"]]
+    assert [n for n in refused if "conv" in n], "another backend computes it"
 
 
 @needs_cuda_module

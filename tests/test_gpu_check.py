@@ -55,7 +55,8 @@ class Call:
             (tools / name).chmod(0o755)
         settings = {
             "PATH": f"{tools}:{os.environ['PATH']}", "NOTES": str(notes), "OUT": str(self.out),
-            "WORK": str(self.work), "OPTIONS": "--kernel-name arg", "PYTHON": "python3", **environment,
+            "WORK": str(self.work), "OPTIONS": "--kernel-name arg --device", "PYTHON": "python3",
+            "RESULTS": str(folder / "results"), **environment,
         }  # fmt: skip
         done = run(["bash", str(SCRIPT), *arguments], env=settings)
         self.status, self.printed, self.errors = done.returncode, done.stdout, done.stderr
@@ -77,7 +78,7 @@ def whole(tmp_path_factory):
 
 ORDER = [
     "build", "info", "test", "memcheck", "racecheck", "table", "table-tf32", "layers", "layers-tf32",
-    "layers-float64", "triton",
+    "layers-float64", "triton", "reparam", "group_mix",
 ]  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def test_sanitized_cases_exist_and_reach_what_they_should(whole):
     assert len(cases) == len(sizes) * 3 * 4  # passes; dtypes with algorithms
     for part in (
         "-s2x1",
-        "-s3x2-d2x3",
+        "-s3x2-d6x4",
         "-d3x3",
         "-m2",
         "-m3",
@@ -162,20 +163,46 @@ def test_limits_add_up_to_the_budget(whole):
     """Nothing took any time here, so each step was given its share of nearly everything."""
     limits = [int(n) for n in re.findall(r"done in \d+ s of (\d+)$", whole.printed, re.MULTILINE)]
     assert len(limits) == len(ORDER) and limits[-1] >= 2900
-    weight_of_build = 40 / 109
+    weight_of_build = 40 / 115
     assert limits[0] == pytest.approx(weight_of_build * 2975, rel=0.01)
 
 
 def test_everything_is_in_the_archive(whole):
     files = sorted(path.name for path in whole.out.iterdir())
-    assert files == ["gpu_check.tar.gz", "layers.json", "summary.md", "table.json", "triton.json"]
+    important = ["group_mix.json", "layers.json", "reparam.json", "table.json", "triton.json"]
+    assert files == sorted(["gpu_check.tar.gz", "summary.md", *important])
     with tarfile.open(whole.out / "gpu_check.tar.gz") as archive:
         names = {Path(name).name for name in archive.getnames()}
     assert {f"{name}.log" for name in ORDER} <= names
     measured = [name for name in ORDER if name.startswith(("table", "layers", "triton"))]
+    assert {"reparam.json", "group_mix.json"} <= names
     assert {f"{name}.{kind}" for name in measured for kind in ("json", "md")} | {"all.md"} <= names
     summary = (whole.out / "summary.md").read_text()
     assert "- racecheck: done" in summary and summary.rstrip().endswith("| a table |")
+
+
+def test_results_gather_where_they_are_kept_for_comparisons(whole, tmp_path):
+    kept = {path.name for path in (whole.out.parent / "results").iterdir()}
+    measured = [name for name in ORDER if name.startswith(("table", "layers", "triton", "reparam", "group"))]
+    assert kept == {f"gpu-{name}.json" for name in measured}
+    call = Call(tmp_path, "triton", RESULTS="")
+    assert call.status == 0 and not (tmp_path / "results").exists()
+    assert "`gpu-*`" in (ROOT / "bench" / "results" / "README.md").read_text()
+
+
+def test_suites_of_classifiers_and_dense_prediction_are_measured(whole):
+    ((words, _),) = [c for c in whole.named("--suite", "slak") if "--tf32" not in c[0]]
+    suites = words[words.index("--suite") + 1 : words.index("--dtype")]
+    assert suites == ["replknet", "unireplknet", "convnext", "slak", "inceptionnext", "dense_prediction"]
+
+
+def test_blocks_are_measured_where_their_benchmarks_can(whole, tmp_path):
+    for name in ("reparam", "group_mix"):
+        ((words, _),) = whole.named("bench", name, "--json")
+        assert words[words.index("--device") + 1] == "cuda"
+    call = Call(tmp_path, "blocks", OPTIONS="--threads")
+    assert call.status == 0 and not call.named("--json")
+    assert "group_mix: not run (python -m bench group_mix has no --device)" in call.printed
 
 
 def test_a_failed_step_is_named_and_stops_nothing(tmp_path):

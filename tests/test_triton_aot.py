@@ -30,6 +30,10 @@ LAYERS = {
 }
 
 
+# (layer, pass, architecture) -> bytes a thread that the assembler keeps on the stack all the same.
+STACK = {("strip", "backward_weight", 80): 8}
+
+
 def launches(
     case: Case, pass_name: str, dtype: torch.dtype, algorithm: str | None, monkeypatch, tf32: bool = False
 ):
@@ -100,16 +104,21 @@ def test_tf32(pass_name, arch, monkeypatch):
         assert ("tf32" in ptx) is allowed
 
 
+@pytest.mark.parametrize("arch", CUDA_TARGETS)
 @pytest.mark.parametrize("pass_name", PASSES)
 @pytest.mark.parametrize("layer", [name for name in LAYERS if name != "k31"])
 @pytest.mark.parametrize("algorithm", ["direct", "toeplitz"])
-def test_layers(algorithm, layer, pass_name, monkeypatch):
-    """Layers of other shapes on one architecture: strips, strides, dilation, channels_last."""
+def test_layers(algorithm, layer, pass_name, arch, monkeypatch):
+    """Layers of other shapes: strips, strides, dilation, channels_last."""
+    allowed = STACK.get((layer, pass_name, arch), 0) if algorithm == "toeplitz" else 0
     for launch in launches(LAYERS[layer], pass_name, torch.bfloat16, algorithm, monkeypatch):
-        compiled = compile_launch(launch, CUDA_TARGETS[90])
+        compiled = compile_launch(launch, CUDA_TARGETS[arch])
         used = resources(compiled)
-        assert used.stack == 0, f"{launch.kernel.__name__} spills {used.stack} bytes a thread"
-        assert used.shared <= SHARED_LIMIT[90]
+        assert used.stack <= allowed, f"{launch.kernel.__name__} spills {used.stack} bytes a thread"
+        assert used.registers * 32 * launch.options.get("num_warps", 4) <= 65536
+        assert used.shared <= SHARED_LIMIT[arch]
+        if "toeplitz" in launch.kernel.__name__:
+            assert any(unit in compiled.asm["ptx"] for unit in MATRIX_UNITS[arch])
 
 
 @pytest.mark.parametrize("pass_name", ["forward", "backward_weight"])

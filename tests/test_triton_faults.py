@@ -261,7 +261,7 @@ def nothing_compiles(monkeypatch):
 
 def outputs_and_gradients(module, *arguments):
     torch.manual_seed(1)
-    x = arguments[0].clone().requires_grad_()
+    x = arguments[0].double().requires_grad_()
     y = module(x, *arguments[1:])
     return [y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
 
@@ -280,9 +280,9 @@ def outputs_and_gradients(module, *arguments):
     ids=["attention in training", "attention", "branches in training"],
 )
 def test_blocks_end_up_on_the_next_backend(nothing_compiles, make, arguments, families):
-    module = make()
+    module = make().double()
     found = outputs_and_gradients(module, *arguments)
     assert {key[3] for key in backends._gave_up} == families
     with lkconv.use_backend("torch"):
         expected = outputs_and_gradients(module, *arguments)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)

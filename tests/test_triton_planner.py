@@ -145,7 +145,7 @@ def test_report_of_a_device_shows_the_stored_choice(monkeypatch, tmp_path):
     torch.use_deterministic_algorithms(False)
     try:
         args = ("forward", (64, 384, 32, 32), 384, (31, 31), (1, 1), (15, 15), (1, 1), "float16")
-        conv = report.make_problem(*args[:-1], False)
+        (conv,) = report.make_problems(*args[:-1], False)[0]
         device = report.device_at(0)
         plans, _ = planner.plan_conv(conv, "float16", kernels("machine").machine_of(device))
         other = plans[3]
@@ -155,6 +155,55 @@ def test_report_of_a_device_shows_the_stored_choice(monkeypatch, tmp_path):
         assert row["blocks"] == other.blocks and "timed" in row["reason"]
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+WIDTHS = (1, 2, 7, 8, 14, 15, 16, 17, 28, 30, 31, 32, 33, 56, 64)
+
+
+def planned(pass_name, width, dtype, stride, padding):
+    """The key of one problem, and the plans that share it, without the costs of the exact sizes."""
+    tuning, keys = kernels("tuning"), kernels("keys")
+    facts = (pass_name, (4, 6, 9, width), 6, (3, 5), stride, padding, (1, 1))
+    device = torch.device("cpu")
+    found = []
+    for channels_last in (False, True):
+        for one in kernels("report").make_problems(*facts, channels_last)[0]:
+            conv = pass_name != "backward_weight"
+            plans, _ = (planner.plan_conv if conv else planner.plan_weight)(one, dtype, planner.H200)
+            key = (keys.conv_key if conv else keys.weight_key)(one, dtype, device, False)
+            found.append((key, sorted((tuning.identity(p) for p in plans), key=repr)))
+    return found
+
+
+@pytest.mark.parametrize("pass_name", ["forward", "backward_input", "backward_weight"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_problems_that_share_a_key_have_the_same_plans(pass_name, dtype):
+    """Otherwise each would throw away the other's stored choice, and both were timed in every process."""
+    of_key = {}
+    for width in WIDTHS:
+        for stride, padding in (((1, 1), (1, 2)), ((2, 2), (1, 2)), ((2, 1), (1, 3))):
+            if width + 2 * padding[1] < 5:
+                continue
+            for key, plans in planned(pass_name, width, dtype, stride, padding):
+                assert of_key.setdefault(key, plans) == plans, key
+
+
+@pytest.mark.parametrize("widths", [(28, 32), (30, 32), (31, 32), (14, 16)])
+def test_stored_choices_of_two_widths_hold_beside_each_other(widths, monkeypatch, tmp_path):
+    """28 and 32 round to the same power of 2, but only rows of 32 halves start at multiples of 16 bytes."""
+    tuning, keys, device = kernels("tuning"), kernels("keys"), torch.device("cpu")
+    monkeypatch.setenv("LKCONV_CACHE_DIR", str(tmp_path))
+    stored = []
+    for width in widths:
+        args = ("forward", (8, 64, width, width), 64, (13, 13), (1, 1), (6, 6), (1, 1))
+        (conv,) = kernels("report").make_problems(*args, False)[0]
+        plans, _ = planner.plan_conv(conv, "float16", planner.H200)
+        key = keys.conv_key(conv, "float16", device, False)
+        last = [p for p in plans if p.algorithm == "toeplitz"][-1]
+        assert tuning.store(key, last, plans) == last
+        stored.append((key, plans, last))
+    for key, plans, last in stored:
+        assert tuning.load(key, plans) == last
 
 
 def test_unknown_pass_is_refused():

@@ -13,15 +13,17 @@ from . import tuning
 from .keys import conv_key, tf32_allowed, weight_key
 from .launch import launch_conv, launch_weight
 from .machine import machine_of
-from .planner import Plan, is_channels_last, plan_conv, plan_weight
+from .planner import Plan, plan_conv, plan_weight
 from .problem import (
     ConvProblem,
     WeightProblem,
     backward_input_problems,
     backward_weight_problem,
     forward_problem,
+    has_rows,
     output_size,
 )
+from .scratch import copies_output
 from .symbolic import hinted, is_real
 
 MAX_SETTLED = 4096
@@ -82,9 +84,7 @@ def timer(x: Tensor, run: Callable[[Plan], None]) -> Callable[[Plan], float] | N
 
 def rows_of(x: Tensor) -> Tensor:
     """``x`` with neighbouring columns adjacent in memory, copied only if they are not."""
-    if x.size(3) == 1 or x.stride(3) == 1:
-        return x
-    return x.contiguous()
+    return x if has_rows(x.stride(), x.size(3)) else x.contiguous()
 
 
 def run_conv(problem: ConvProblem, x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -97,9 +97,7 @@ def execute_conv(plan: Plan, p: ConvProblem, x: Tensor, w: Tensor, bias: Tensor 
         launch_conv(plan, p, x, w, bias, y)
         return
     x = rows_of(x)
-    whole = tuple(y.shape) == (p.batch, p.channels, p.h.size_out, p.w.size_out)
-    if whole and is_channels_last(p.y_strides, p.channels, p.w.size_out):
-        # Stored with a stride of C, each element would touch a memory sector: store rows, then transpose.
+    if copies_output(p):
         rows = torch.empty(y.shape, dtype=y.dtype, device=y.device)
         launch_conv(plan, p.with_strides(x.stride(), rows.stride()), x, w, bias, rows)
         y.copy_(rows)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 
 import torch
 
 from .machine import machine_name
-from .planner import is_channels_last
+from .planner import ITEM_BYTES, is_channels_last
 from .problem import ConvProblem, WeightProblem
 
-FORMAT = 1  # raise when kernels or the meaning of a plan change
+FORMAT = 2  # raise when kernels or the meaning of a plan change
 
 
 def problem_key(pass_name: str, facts: object, machine: str) -> str:
@@ -27,7 +28,7 @@ def tf32_allowed(device: torch.device) -> bool:
 
 
 def rounded(n: int) -> int:
-    """Batch and map sizes that differ by less than 2x share a choice."""
+    """Batch and map sizes that differ by less than 2x share a choice; blocks depend on this power of 2."""
     return 1 << max(int(n) - 1, 0).bit_length()
 
 
@@ -35,10 +36,20 @@ def layout(strides: tuple[int, ...], channels: int, width: int) -> str:
     return "nhwc" if is_channels_last(strides, channels, width) else "nchw"
 
 
+def row_alignment(width: int, dtype: str) -> int:
+    """Elements, a power of 2 of at most 16 bytes, at whose multiples every row of a dense input starts.
+
+    Kernels load rows by vectors of so many elements, and planner.toeplitz_plans gives rows that are not
+    multiples of 16 bytes other plans.
+    """
+    return math.gcd(width, 16 // ITEM_BYTES[dtype])
+
+
 def conv_key(p: ConvProblem, dtype: str, device: torch.device, tf32: bool) -> str:
     axes = [(rounded(a.size_in), rounded(a.size_out), a.taps, a.stride, a.dilation) for a in (p.h, p.w)]
     sizes = [rounded(p.batch), rounded(p.channels), rounded(p.batch * p.h.size_out), p.multiplier, p.reduce]
-    facts = [sizes, axes, layout(p.x_strides, p.channels, p.w.size_in), dtype, tf32]
+    form = (layout(p.x_strides, p.channels, p.w.size_in), row_alignment(p.w.size_in, dtype))
+    facts = [sizes, axes, form, dtype, tf32]
     return problem_key("conv", facts, machine_name(device))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .problem import ConvProblem, WeightProblem
+from .problem import ConvProblem, WeightProblem, has_rows
 
 HALF = ("float16", "bfloat16")
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -180,7 +180,7 @@ def toeplitz_plans(problem: ConvProblem, dtype: str, machine: Machine, precision
     rows = problem.batch * problem.h.size_out
     planes = problem.channels * problem.reduce
     align = 16 // item
-    copied = not (problem.x_strides[3] == 1 or w.size_in == 1)
+    copied = not has_rows(problem.x_strides, w.size_in)
     traffic = conv_traffic(problem, dtype) * (3 if copied else 1)
     rate = mac_rate(dtype, precision, machine)
     plans = []
@@ -322,7 +322,7 @@ def weight_toeplitz_plans(problem: WeightProblem, dtype: str, machine: Machine, 
     item, w, h = ITEM_BYTES[dtype], problem.w, problem.h
     rows = problem.batch * h.size_out
     align = 16 // item
-    copied = not (problem.x_strides[3] == 1 or w.size_in == 1)
+    copied = not has_rows(problem.x_strides, w.size_in)
     rate = mac_rate(dtype, precision, machine)
     weights = problem.channels * h.taps * w.taps
     plans = []

@@ -44,6 +44,7 @@ class ConvProblem:
     y_strides: tuple[int, ...]
     w_offset: int = 0
     y_offset: int = 0
+    whole: bool = True  # every pixel of the output tensor is written, not one stride phase of them
 
     def with_strides(self, x_strides: Sequence[int], y_strides: Sequence[int]) -> ConvProblem:
         return replace(self, x_strides=tuple(x_strides), y_strides=tuple(y_strides))
@@ -63,6 +64,11 @@ class WeightProblem:
 
     def with_strides(self, x_strides: Sequence[int], dy_strides: Sequence[int]) -> WeightProblem:
         return replace(self, x_strides=tuple(x_strides), dy_strides=tuple(dy_strides))
+
+
+def has_rows(strides: Sequence[int], width: int) -> bool:
+    """Whether neighbouring columns of a (n, c, h, w) tensor are neighbours in memory."""
+    return strides[3] == 1 or width == 1
 
 
 def output_size(size: int, taps: int, stride: int, padding: int, dilation: int) -> int:
@@ -185,6 +191,7 @@ def backward_input_problems(
                     ),
                     w_offset=last_h * w_strides[2] + last_w * w_strides[3],
                     y_offset=ph.remainder * dx_strides[2] + pw.remainder * dx_strides[3],
+                    whole=stride[0] == 1 and stride[1] == 1,
                 )
             )
     return problems, complete
