@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lkconv.modules import DepthwiseConv2d
 from lkconv.reparam.algebra import Branch, identity_geometry, identity_kernel, merge_kernels, module_affine
 from lkconv.reparam.batch_statistics import BatchStatisticsSum, SumSpec
 from lkconv.reparam.convolution import autocast_input, convolve, is_depthwise
@@ -26,17 +27,25 @@ class ConvBN:
     convolution as it is.
 
     name: how error messages call the branch. crop (height, width): pixels cut from each side of the input
-    before the convolution.
+    before the convolution. pair: the module that holds both and is called for them, where there is one.
     """
 
     name: str
     conv: Any
     bn: Any = None
     crop: tuple[int, int] = (0, 0)
+    pair: nn.Module | None = None
+
+    @classmethod
+    def of(cls, name: str, pair: Any) -> ConvBN:
+        """The branch ``pair``, a Sequential of ``conv`` and possibly ``bn``."""
+        return cls(name, pair.conv, getattr(pair, "bn", None), pair=pair)
 
     def __call__(self, input: Tensor) -> Tensor:
         crop_h, crop_w = self.crop
         y = F.pad(input, (-crop_w, -crop_w, -crop_h, -crop_h)) if crop_h or crop_w else input
+        if self.pair is not None:
+            return self.pair(y)
         if self.conv is not None:
             y = self.conv(y)
         return y if self.bn is None else self.bn(y)
@@ -51,13 +60,16 @@ class ConvBN:
     def linear(self, target: Geometry, channels: int, like: Tensor) -> Branch:
         """The branch as weight, scale and bias, with the running statistics of its batch norm.
 
-        An identity's kernel takes device and dtype from ``like``.
+        An identity's kernel takes device and dtype from ``like``. A ValueError names a branch whose
+        convolution is no ``nn.Conv2d``.
         """
         bias = None
         if self.conv is None:
             weight = identity_kernel(channels, target.groups, device=like.device, dtype=like.dtype)
-        else:
+        elif isinstance(self.conv, nn.Conv2d):
             weight, bias = self.conv.weight, self.conv.bias
+        else:
+            raise ValueError(f"{self.name}: a {type(self.conv).__name__} cannot be merged, only an nn.Conv2d")
         scale = None
         if self.bn is not None:
             scale, bias = module_affine(self.bn, bias)
@@ -67,10 +79,12 @@ class ConvBN:
         return self.bn is not None and uses_batch_statistics(self.bn)
 
     def is_plain(self) -> bool:
-        """Whether calling the modules does nothing but their formula: exact types and no hooks."""
-        conv_ok = self.conv is None or (isinstance(self.conv, nn.Conv2d) and not has_hooks(self.conv))
-        bn_ok = self.bn is None or (isinstance(self.bn, _BatchNorm) and not has_hooks(self.bn))
-        return conv_ok and bn_ok and getattr(self.conv, "padding_mode", "zeros") == "zeros"
+        """Whether calling the modules does nothing but their formula (:func:`is_plain`)."""
+        holds = [m for m in (self.conv, self.bn) if m is not None]
+        if self.pair is not None and not (is_plain(self.pair) and list(self.pair.children()) == holds):
+            return False
+        known = isinstance(self.conv, nn.Conv2d | None) and isinstance(self.bn, _BatchNorm | None)
+        return known and all(is_plain(m) for m in holds)
 
 
 def uses_batch_statistics(bn: nn.Module) -> bool:
@@ -78,14 +92,35 @@ def uses_batch_statistics(bn: nn.Module) -> bool:
     return bn.training or getattr(bn, "running_mean", None) is None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module runs a user's hook, which folding would skip."""
-    return bool(
+# Modules whose call is their formula and nothing else. Their subclasses are not: quantisation-aware layers
+# round the weight, other libraries' batch norms apply an activation.
+_PLAIN_TYPES: tuple[type[nn.Module], ...] = (
+    nn.Conv2d,
+    DepthwiseConv2d,
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    nn.Identity,
+    nn.AvgPool2d,
+    nn.Sequential,
+    nn.ModuleList,
+)
+
+
+def is_plain(module: nn.Module, types: tuple[type[nn.Module], ...] = ()) -> bool:
+    """Whether computing from the module's parameters skips nothing that calling it would do.
+
+    True for the exact types of convolutions (padded by zeros), batch norms and containers, and for those in
+    ``types``, unless a hook or a ``forward`` of its own is set on the module. All others are to be called.
+    """
+    hooked = (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
+    exact = type(module) in _PLAIN_TYPES or type(module) in types
+    return exact and not hooked and getattr(module, "padding_mode", "zeros") == "zeros"
 
 
 def _traced() -> bool:

@@ -14,8 +14,8 @@ PATHS = ("merged", "fused", "fused-recompute", "branches")
 class Situation:
     """What the decision depends on.
 
-    plain: every branch is an nn.Conv2d / BatchNorm without hooks, so that calling the modules has no effect
-        beyond their formula.
+    plain: every branch is exactly a convolution and a batch norm without hooks, so that calling the modules
+        has no effect beyond their formula.
     batch_statistics: per branch, whether its batch norm uses (and updates) statistics of the batch.
     depthwise: whether the target is depthwise; cropped: whether a branch reads a cropped input.
     traced: under torch.compile, torch.export or a functorch transform.

@@ -71,7 +71,7 @@ class RepVGGBlock(BranchSumBlock):
         return ["rbr_dense", "rbr_1x1", "rbr_identity"]
 
     def _parts(self) -> list[ConvBN]:
-        parts = [ConvBN(n, getattr(self, n).conv, getattr(self, n).bn) for n in ("rbr_dense", "rbr_1x1")]
+        parts = [ConvBN.of(name, getattr(self, name)) for name in ("rbr_dense", "rbr_1x1")]
         if self.rbr_identity is not None:
             parts.append(ConvBN("rbr_identity", None, self.rbr_identity))
         return parts

@@ -80,8 +80,8 @@ class SLaKReparamLargeKernelConv(ReparamBlock):
 
     def _strips(self) -> tuple[list[ConvBN], list[ConvBN]]:
         """Branches of the vertical strip (with the square kernel) and of the horizontal one."""
-        pairs = {n: getattr(self, n) for n in self._training_children() if n in self._modules}
-        parts = {name: ConvBN(name, pair.conv, pair.bn) for name, pair in pairs.items()}
+        names = [name for name in self._training_children() if name in self._modules]
+        parts = {name: ConvBN.of(name, getattr(self, name)) for name in names}
         return [parts[n] for n in ("LoRA1", "small_conv") if n in parts], [parts["LoRA2"]]
 
     def _linear(self, parts: list[ConvBN], target: Geometry) -> list[Branch]:
