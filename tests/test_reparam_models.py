@@ -2,6 +2,9 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
+from datetime import timedelta
+from itertools import pairwise
 
 import pytest
 import torch
@@ -252,62 +255,121 @@ def test_exports_to_one_convolution(name, merged):
     assert len(convolutions) == 1, calls
 
 
-def _two_batches():
-    case = BY_NAME["unireplknet-7"]
+SHARED = ("unireplknet-7", "mobileone")  # families that run in two processes
+PARALLEL = (*SHARED, "replknet-dense", "orepa")
+
+
+def _two_batches(name):
+    case = BY_NAME[name]
     return torch.cat([random_input(case), random_input(case, seed=5)])
 
 
-def _block():
-    return randomise(BY_NAME["unireplknet-7"].make()).double().train()
+def _block(name):
+    block = randomise(BY_NAME[name].make()).double().train()
+    if hasattr(block, "activation"):
+        block.activation = nn.Identity()  # rounding decides the sign at a kink
+    return block
+
+
+def _count_all_reduces():
+    """A list that grows by one with every all-reduce of this process from now on."""
+    calls, plain = [], dist.all_reduce
+
+    def all_reduce(*args, **kwargs):
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    dist.all_reduce = all_reduce
+    return calls
+
+
+def _synchronised_step(name, path, x, scale, calls):
+    """Gradients of ``scale sum(y^2)`` over both processes, statistics, and all-reduces per pass."""
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(_block(name))
+    counts = [len(calls)]
+    with reparam.use_training_path(path) if path else nullcontext():
+        loss = scale * (block(x) ** 2).sum()
+        counts.append(len(calls))
+        loss.backward()
+    counts.append(len(calls))
+    for parameter in block.parameters():
+        dist.all_reduce(parameter.grad)
+    return {
+        "gradients": {n: p.grad for n, p in block.named_parameters()},
+        "buffers": dict(block.named_buffers()),
+        "reductions": [b - a for a, b in pairwise(counts)],
+    }
 
 
 def _worker(rank, file, results):
-    """One process of two, half the batch each: synchronised statistics, then DistributedDataParallel."""
+    """One process of two: synchronised statistics of halves and of an uneven split, then
+    DistributedDataParallel. A mismatch of collectives ends in a timeout."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    x, found = _two_batches().chunk(2)[rank], {}
-    for path in ("fused", "fused-recompute"):
-        block = nn.SyncBatchNorm.convert_sync_batchnorm(_block())
-        with reparam.use_training_path(path):
-            (block(x) ** 2).mean().backward()
-        for parameter in block.parameters():
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= 2
-        found[path] = ({n: p.grad for n, p in block.named_parameters()}, dict(block.named_buffers()))
-    block = _block()
-    parallel = nn.parallel.DistributedDataParallel(block)
-    (parallel(x) ** 2).mean().backward()
-    found["parallel"] = {n: p.grad for n, p in block.named_parameters()}
+    patience = timedelta(seconds=30)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=patience)
+    found, calls = {}, _count_all_reduces()
+    for name in SHARED:
+        whole = _two_batches(name)
+        for path in (None, "fused", "fused-recompute"):
+            for split in ([2, 2], [4, 0]):
+                x, scale = whole.split(split)[rank], 1 / whole.numel()
+                found[name, path, split[0]] = _synchronised_step(name, path, x, scale, calls)
+    for name in PARALLEL:
+        block = _block(name)
+        parallel = nn.parallel.DistributedDataParallel(block)
+        (parallel(_two_batches(name).chunk(2)[rank]) ** 2).mean().backward()
+        found[name] = {n: p.grad for n, p in block.named_parameters()}
     if rank == 0:
         torch.save(found, results)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_two_processes(tmp_path):
-    results = tmp_path / "results.pt"
-    mp.spawn(_worker, (str(tmp_path / "store"), str(results)), nprocs=2)
-    found, x = torch.load(results), _two_batches()
-    block = _block()
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes found, by (family, path, images of the first one) and by family."""
+    folder = tmp_path_factory.mktemp("processes")
+    results = folder / "results.pt"
+    mp.spawn(_worker, (str(folder / "store"), str(results)), nprocs=2)
+    return torch.load(results)
+
+
+@pytest.mark.parametrize("images", [2, 4], ids=["halves", "one-empty"])
+@pytest.mark.parametrize("path", [None, "fused", "fused-recompute"])
+@pytest.mark.parametrize("name", SHARED)
+def test_synchronised_statistics(two_processes, name, path, images):
+    """Together they are one process with the whole batch, through one all-reduce per pass."""
+    found, x, block = two_processes[name, path, images], _two_batches(name), _block(name)
     with reparam.use_training_path("branches"):
-        (block(x) ** 2).mean().backward()
-    for path in ("fused", "fused-recompute"):  # together they are one process with the whole batch
-        gradients, buffers = found[path]
-        for name, parameter in block.named_parameters():
-            assert torch.allclose(gradients[name], parameter.grad, rtol=1e-9, atol=1e-11), name
-        for name, buffer in block.named_buffers():
-            assert torch.allclose(buffers[name].double(), buffer.double(), rtol=1e-10), name
-    halves = [_block() for _ in range(2)]  # without synchronisation each half has its own statistics
-    for half, part in zip(halves, x.chunk(2), strict=True):
+        ((block(x) ** 2).sum() / x.numel()).backward()
+    for label, parameter in block.named_parameters():
+        assert torch.allclose(found["gradients"][label], parameter.grad, rtol=1e-9, atol=1e-11), label
+    for label, buffer in block.named_buffers():
+        assert torch.allclose(found["buffers"][label].double(), buffer.double(), rtol=1e-10), label
+    assert found["reductions"] == [1, 1]
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_distributed_data_parallel(two_processes, name):
+    """Without synchronisation each half has its own statistics."""
+    halves = [_block(name) for _ in range(2)]
+    for half, part in zip(halves, _two_batches(name).chunk(2), strict=True):
         (half(part) ** 2).mean().backward()
-    for (name, a), b in zip(halves[0].named_parameters(), halves[1].parameters(), strict=True):
-        assert torch.allclose(found["parallel"][name], (a.grad + b.grad) / 2, rtol=1e-9, atol=1e-12), name
+    for (label, a), b in zip(halves[0].named_parameters(), halves[1].parameters(), strict=True):
+        want = (a.grad + b.grad) / 2
+        assert torch.allclose(two_processes[name][label], want, rtol=1e-9, atol=1e-12), label
 
 
 def test_constructors_refuse_what_cannot_merge():
     rows = [
         (lambda: reparam.DilatedReparamBlock(4, 19), "kernel_size must be one of"),
         (lambda: reparam.DilatedReparamBlock(4, 7, branches=[(3, 4)]), r"kernel 3, dilation 4"),
+        (lambda: reparam.DilatedReparamBlock(4, 7, branches=[(3, 0)]), r"kernel 3, dilation 0"),
+        (
+            lambda: reparam.DilatedReparamBlock(4, 12, branches=[(5, 1)]),
+            r"lk_origin: kernel_size must be odd",
+        ),
+        (lambda: reparam.DilatedReparamBlock(4, 7, branches=[(3, 1), (3, 1)]), "differ from each other"),
         (lambda: reparam.ReparamLargeKernelConv(4, 4, 5, 1, 4, 7), "small_kernel"),
         (lambda: reparam.ReparamLargeKernelConv(4, 4, 5, 1, 4, 4), "parity"),
         (lambda: reparam.ReparamLargeKernelConv(4, 6, 5, 1, 4, 3), "groups 4"),

@@ -131,6 +131,21 @@ def test_frozen_branches_run_merged_inside_a_training_model():
     assert y.shape == expected.shape
 
 
+@pytest.mark.parametrize("name", ["unireplknet-7", "slak"])
+def test_forward_mode_with_batch_statistics(name):
+    """A directional derivative agrees with the gradient of the fused path."""
+    case = BY_NAME[name]
+    block = randomise(case.make()).double().train()
+    x = random_input(case).requires_grad_()
+    direction = torch.randn_like(x)
+    cotangent = torch.randn_like(block(x))
+    (gradient,) = torch.autograd.grad(block(x), x, cotangent)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), direction)
+        tangent = torch.autograd.forward_ad.unpack_dual(block(dual)).tangent
+    assert torch.allclose((tangent * cotangent).sum(), (gradient * direction).sum(), rtol=1e-10)
+
+
 PLANS = [
     (Situation(False, (False,), True), "branches"),
     (Situation(True, (False, False), True), "merged"),
@@ -218,6 +233,24 @@ def follow(block, plain, trained, ours, groups):
             (y.sin() + y**2).mean().backward()
             optimiser.step()
         assert relative_error(plain, branches_kernel(block)) <= 1e-10
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_a_step_skipped_by_a_gradient_scaler_changes_nothing(fused):
+    weight = nn.Parameter(torch.rand(2, 2, 3, 3) + 1)
+    for make in (reparam.RepSGD, reparam.RepAdamW):
+        ours = make([weight], {weight: torch.full_like(weight, 4.0)}, lr=0.1, weight_decay=0.5, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        before = weight.detach().clone()
+        scaler.scale((weight * float("inf")).sum()).backward()
+        scaler.step(ours)
+        scaler.update()
+        assert torch.equal(weight, before), make.__name__
+        weight.grad = None
+        scaler.scale(weight.sum()).backward()
+        scaler.step(ours)
+        assert not torch.equal(weight, before), make.__name__
+        weight.grad = None
 
 
 def test_gradient_multipliers_of_repvgg():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lkconv.modules import DepthwiseConv2d
+from lkconv.ops import forward_ad_active
 from lkconv.reparam.algebra import Branch, identity_geometry, identity_kernel, merge_kernels, module_affine
 from lkconv.reparam.batch_statistics import BatchStatisticsSum, SumSpec
 from lkconv.reparam.convolution import autocast_input, convolve, is_depthwise
@@ -124,21 +125,24 @@ def is_plain(module: nn.Module, types: tuple[type[nn.Module], ...] = ()) -> bool
 
 
 def _traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad_active()
 
 
 def _sync_group(parts: Sequence[ConvBN]) -> tuple[bool, dist.ProcessGroup | None]:
     """Whether all batch norms share statistics between processes, and in which group."""
     first = parts[0].bn
-    if not isinstance(first, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+    # As SyncBatchNorm itself: never in evaluation mode, in which perhaps one process alone runs.
+    shares = isinstance(first, nn.SyncBatchNorm) and first.training
+    if not shares or not (dist.is_available() and dist.is_initialized()):
         return False, None
     group = first.process_group or dist.group.WORLD
     return dist.get_world_size(group) > 1, group
 
 
 def _same_kind(parts: Sequence[ConvBN]) -> bool:
-    """Batch norms of one type (and process group); convolutions without bias: what the fused path takes."""
-    kinds = {(type(p.bn), getattr(p.bn, "process_group", None)) for p in parts}
+    """Batch norms of one type, mode (and process group); convolutions without bias: what the fused path
+    takes."""
+    kinds = {(type(p.bn), p.bn.training, getattr(p.bn, "process_group", None)) for p in parts}
     return len(kinds) == 1 and all(p.conv is None or p.conv.bias is None for p in parts)
 
 
@@ -165,11 +169,13 @@ def run_branches(input: Tensor, parts: Sequence[ConvBN], target: Geometry, out_c
     plain = all(p.is_plain() for p in parts)
     fusable = plain and _same_kind(parts) if any(batch_statistics) else plain
     synchronised, group = _sync_group(parts)
+    # Processes that share statistics must run the same collectives, also one whose batch is empty.
+    computes = synchronised or input.numel() > 0
     chosen = plan(
         Situation(
             plain=fusable,
             batch_statistics=batch_statistics,
-            depthwise=is_depthwise(input.shape[1], out_channels, target.groups) and input.numel() > 0,
+            depthwise=is_depthwise(input.shape[1], out_channels, target.groups) and computes,
             cropped=any(p.crop != (0, 0) for p in parts),
             traced=_traced(),
             synchronised=synchronised,

@@ -57,6 +57,8 @@ def arrange(input: Tensor, geometries: Sequence[Geometry | None], channels: int)
     namespace = backends.namespace(input.device, input.dtype, "normalised_branches")
     if namespace is None or strided or channels != input.shape[1] or len(identity) > 1 or input.dim() != 4:
         return None
+    if input.numel() == 0:
+        return None
     apart = tuple(b for b, g in convolutions if not _in_place(namespace, input, g))
     kernels = tuple(b for b, _ in convolutions if b not in apart)
     if not kernels:

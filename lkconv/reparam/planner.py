@@ -18,7 +18,8 @@ class Situation:
         has no effect beyond their formula.
     batch_statistics: per branch, whether its batch norm uses (and updates) statistics of the batch.
     depthwise: whether the target is depthwise; cropped: whether a branch reads a cropped input.
-    traced: under torch.compile, torch.export or a functorch transform.
+    traced: under torch.compile, torch.export, a functorch transform or forward-mode differentiation, which
+        a node with a backward formula alone does not serve.
     synchronised: whether statistics are shared between processes.
     """
 
@@ -49,7 +50,7 @@ def plan(s: Situation, preferred: str | None = None) -> Plan:
     if not s.depthwise or s.cropped:
         return Plan("branches", "the fused path is for depthwise branches of an uncropped input")
     if s.traced:
-        return Plan("branches", "a compiler fuses the plain composition itself")
+        return Plan("branches", "compilers, transforms and forward mode take the plain composition")
     if preferred in ("fused", "fused-recompute", "branches"):
         return Plan(preferred, "asked for")
     if s.synchronised:
