@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lkconv import reparam
+from lkconv.reparam.block import conv_bn
 from lkconv.reparam.planner import Situation, plan
 from lkconv.reparam.repoptimizer import block_multiplier
 from reparam_cases import CASES, random_input, randomise, relative_error
@@ -156,6 +157,11 @@ PLANS = [
     (Situation(True, (True, True), True, traced=True), "branches"),
     (Situation(True, (True, True), True), "fused"),
     (Situation(True, (True, True), True, synchronised=True), "fused"),
+    (Situation(True, (True, True), True, in_place=(25,)), "fused"),
+    (Situation(True, (True,), True, in_place=(49,)), "fused"),
+    (Situation(True, (True,), True, in_place=(169,)), "branches"),
+    (Situation(True, (True, True), True, in_place=()), "branches"),
+    (Situation(True, (True, True), True, in_place=(), synchronised=True), "fused"),
 ]
 
 
@@ -165,8 +171,34 @@ def test_planner(situation, path):
     assert chosen.path == path and chosen.reason
 
 
+@pytest.mark.parametrize(
+    ("kernels", "size", "fused"),
+    [
+        (((31, 31), (5, 5)), (128, 56), True),
+        (((31, 31),), (128, 56), False),
+        (((13, 13), (5, 5), (3, 3)), (160, 28), True),
+        (((51, 5), (5, 5)), (124, 56), True),
+        (((5, 51),), (124, 56), False),
+        (((3, 3), (1, 1)), (96, 56), True),
+        (((3, 3),), (96, 56), True),
+    ],
+)
+def test_what_runs_apart_trains_branch_by_branch(kernels, size, fused):
+    channels, side = size
+    target = reparam.Geometry(kernels[0], padding=(kernels[0][0] // 2, kernels[0][1] // 2), groups=channels)
+    parts = []
+    for k in kernels:
+        geometry = reparam.Geometry(k, padding=(k[0] // 2, k[1] // 2), groups=channels)
+        parts.append(reparam.ConvBN.of("branch", conv_bn(channels, channels, geometry).train()))
+    x = torch.randn(1, channels, side, side)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        reparam.run_branches(x, parts, target, channels)
+    assert any(e.key == "BatchStatisticsSum" for e in profile.key_averages()) == fused
+
+
 def test_planner_takes_wishes_where_possible():
     trains = Situation(True, (True, True), True)
+    assert plan(Situation(True, (True,), True, in_place=()), "fused").path == "fused"
     for path in ("fused", "fused-recompute", "branches"):
         assert plan(trains, path).path == path
     assert plan(Situation(True, (True, True), False), "fused").path == "branches"

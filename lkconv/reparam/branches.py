@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lkconv import backends
 from lkconv.modules import DepthwiseConv2d
-from lkconv.ops import forward_ad_active
+from lkconv.ops import autocast_dtype, forward_ad_active
+from lkconv.reparam import normalised_branches
 from lkconv.reparam.algebra import Branch, identity_geometry, identity_kernel, merge_kernels, module_affine
 from lkconv.reparam.batch_statistics import BatchStatisticsSum, SumSpec
 from lkconv.reparam.convolution import autocast_input, convolve, is_depthwise
@@ -146,6 +149,44 @@ def _same_kind(parts: Sequence[ConvBN]) -> bool:
     return len(kinds) == 1 and all(p.conv is None or p.conv.bias is None for p in parts)
 
 
+def _situation(
+    input: Tensor,
+    parts: Sequence[ConvBN],
+    target: Geometry,
+    out_channels: int,
+    synchronised: bool,
+    preferred: str | None,
+) -> Situation:
+    batch_statistics = tuple(p.uses_batch_statistics() for p in parts)
+    plain = all(p.is_plain() for p in parts)
+    found = Situation(
+        plain=plain and _same_kind(parts) if any(batch_statistics) else plain,
+        batch_statistics=batch_statistics,
+        # Processes that share statistics must run the same collectives, also one whose batch is empty.
+        depthwise=is_depthwise(input.shape[1], out_channels, target.groups)
+        and (synchronised or input.numel() > 0),
+        cropped=any(p.crop != (0, 0) for p in parts),
+        traced=_traced(),
+        synchronised=synchronised,
+    )
+    if preferred or synchronised or plan(found).path != "fused":
+        return found  # no matter what it costs
+    return replace(found, in_place=_taps_in_place(input, parts, target, out_channels))
+
+
+def _taps_in_place(
+    input: Tensor, parts: Sequence[ConvBN], target: Geometry, out_channels: int
+) -> tuple[int, ...] | None:
+    """Taps of the kernels that the fused kernels of the CPU would sum in place, None on other backends."""
+    dtype = autocast_dtype(input) or input.dtype
+    if input.device.type != "cpu" or backends.namespace(input.device, dtype) != "lkconv":
+        return None
+    geometries = [None if p.conv is None else p.geometry(target) for p in parts]
+    how = normalised_branches.arrange(input, geometries, out_channels, dtype)
+    kernels = () if how is None else how.kernels
+    return tuple(math.prod(g.kernel_size) for b in kernels if (g := geometries[b]) is not None)
+
+
 def run_branches(input: Tensor, parts: Sequence[ConvBN], target: Geometry, out_channels: int) -> Tensor:
     """The sum of all branches, by whichever path :func:`lkconv.reparam.planner.plan` picks.
 
@@ -165,23 +206,9 @@ def run_branches(input: Tensor, parts: Sequence[ConvBN], target: Geometry, out_c
             a single value per channel.
         RuntimeError: in a double backward through statistics shared between processes.
     """
-    batch_statistics = tuple(p.uses_batch_statistics() for p in parts)
-    plain = all(p.is_plain() for p in parts)
-    fusable = plain and _same_kind(parts) if any(batch_statistics) else plain
     synchronised, group = _sync_group(parts)
-    # Processes that share statistics must run the same collectives, also one whose batch is empty.
-    computes = synchronised or input.numel() > 0
-    chosen = plan(
-        Situation(
-            plain=fusable,
-            batch_statistics=batch_statistics,
-            depthwise=is_depthwise(input.shape[1], out_channels, target.groups) and computes,
-            cropped=any(p.crop != (0, 0) for p in parts),
-            traced=_traced(),
-            synchronised=synchronised,
-        ),
-        preferred_path(),
-    )
+    preferred = preferred_path()
+    chosen = plan(_situation(input, parts, target, out_channels, synchronised, preferred), preferred)
     if chosen.path == "merged":
         return run_merged(
             input, [p.linear(target, input.shape[1], input) for p in parts], target, out_channels
