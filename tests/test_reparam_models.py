@@ -1,6 +1,7 @@
 """Whole models: merging, other libraries' conversions, compilers, processes."""
 
 import copy
+import importlib
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
@@ -155,8 +156,17 @@ def test_timm_reparameterize_model():
 def test_checkpoints_of_timm_load():
     """Names and values agree with the library that FastViT's users have."""
     fastvit = pytest.importorskip("timm.models.fastvit")
+    byobnet, repvit = (importlib.import_module(f"timm.models.{name}") for name in ("byobnet", "repvit"))
+    gated = byobnet.LayerFn(attn=importlib.import_module("timm.layers").SEModule)
     torch.manual_seed(0)
     rows = [
+        (byobnet.RepVggBlock(6, 6), reparam.TimmRepVGGBlock(6, 6)),
+        (byobnet.RepVggBlock(6, 12, stride=2, group_size=3),
+         reparam.TimmRepVGGBlock(6, 12, stride=2, group_size=3)),
+        (byobnet.RepVggBlock(6, 6, dilation=(2, 2), group_size=1, layers=gated),
+         reparam.TimmRepVGGBlock(6, 6, dilation=(2, 2), group_size=1, layers=gated)),
+        (repvit.RepVggDw(6, 3), reparam.RepVGGDW(6, 3)),
+        (repvit.RepVggDw(6, 3, legacy=True), reparam.RepVGGDW(6, 3, legacy=True)),
         (fastvit.RepMixer(6, 3, 0.5), reparam.RepMixer(6, 3)),
         (fastvit.MobileOneBlock(6, 6, 3, group_size=1), reparam.FastViTMobileOneBlock(6, 6, 3, group_size=1)),
         (fastvit.MobileOneBlock(6, 8, 3, 2, use_se=True),
@@ -173,6 +183,120 @@ def test_checkpoints_of_timm_load():
         assert relative_error(ours.eval()(x), expected) <= 1e-5
         ours.reparameterize()
         assert relative_error(ours(x), expected) <= 1e-5
+
+
+def test_official_signatures():
+    """Positional arguments mean what they mean in the official code."""
+    orepa = reparam.OREPA(6, 6, 3, 1, 1, 1, 6, None, False, None, False, True, 2.0)  # weight_only
+    assert "bn" not in dict(orepa.named_children()) and not any(
+        k.startswith("bn.") for k in orepa.state_dict()
+    )
+    kernel = orepa()
+    assert torch.equal(kernel, orepa.weight_gen()) and kernel.shape == (6, 1, 3, 3)
+    orepa.reparameterize()
+    assert torch.equal(orepa(), kernel)
+    deployed = reparam.OREPA(6, 6, 3, 1, 1, groups=6, deploy=True, weight_only=True)
+    deployed.load_state_dict(orepa.state_dict())
+    assert torch.equal(deployed(), kernel)
+    with pytest.raises(ValueError, match="weight_only"):
+        reparam.OREPA(6, 6, 3, 1, 1)()
+    slak = reparam.SLaKReparamLargeKernelConv(6, 6, 13, 1, 6, 5, False, True, True)
+    assert slak.Decom and not slak.is_merged
+    plain = reparam.SLaKReparamLargeKernelConv(6, 6, 13, 1, 6, None)
+    assert not plain.Decom and set(dict(plain.named_children())) == {"lkb_origin"}
+    with pytest.raises(ValueError, match="without Decom there are no strips"):
+        plain.get_equivalent_strips()
+
+
+class Stem(nn.Module):
+    """A RefConv and a batch norm as attributes, as residual networks write them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = reparam.RefConv(3, 6, 5), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = reparam.RefConv(6, 6, 5, groups=6), nn.BatchNorm2d(6)
+        self.kept = []
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return y + self.bn2(self.conv2(y))
+
+
+class ReadsTheConvolution(Stem):
+    def forward(self, x):
+        y = self.conv1(x)
+        return self.bn1(y) + y
+
+
+class SharesTheNorm(Stem):
+    def forward(self, x):
+        return self.bn1(self.conv1(x)) + self.bn1(self.conv1(x + 1))
+
+
+class ReadsTheWeight(Stem):
+    def forward(self, x):
+        return self.bn1(self.conv1(x)) + self.bn1.running_mean.sum()
+
+
+class LooksAtValues(Stem):
+    def forward(self, x):
+        return self.bn1(self.conv1(x)) if x.mean() < 100 else x
+
+
+class NormFirst(Stem):
+    def forward(self, x):
+        return self.conv2(self.bn1(self.conv1(x)))
+
+
+class InAList(Stem):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([reparam.RefConv(3, 6, 5), nn.BatchNorm2d(6)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("make", "folded"),
+    [(Stem, 2), (ReadsTheConvolution, 0), (SharesTheNorm, 0), (ReadsTheWeight, 0), (LooksAtValues, 0),
+     (NormFirst, 1), (InAList, 1)],
+)  # fmt: skip
+def test_merge_folds_the_norm_that_follows_a_refconv(make, folded):
+    torch.manual_seed(0)
+    model = nn.Sequential(randomise(make()).double()).eval()
+    x = image()
+    merged = reparam.merge(model)
+    assert relative_error(merged(x), model(x)) <= 1e-10
+    count = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in merged.modules()) == count - folded
+    assert not any(m.training for m in merged.modules())
+
+
+def test_merge_leaves_norms_that_do_more_alone():
+    torch.manual_seed(0)
+    x = image()
+    hooked = randomise(Stem()).double().eval()
+    hooked.bn1.register_forward_hook(lambda m, i, y: 2 * y)
+    shared = randomise(Stem()).double().eval()
+    shared.again = shared.bn2
+    subclass = randomise(Stem()).double().eval()
+    subclass.bn1.__class__ = type("Activated", (nn.BatchNorm2d,), {"forward": lambda m, x: x.relu()})
+    for model in (hooked, shared, subclass):
+        merged = reparam.merge(model)
+        assert relative_error(merged(x), model(x)) <= 1e-10
+        names = {n for n, m in merged.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        assert len(names) == 1
+
+
+def test_merge_in_training_mode_keeps_the_modes():
+    model = Stem().train()
+    model.conv2.eval()
+    with pytest.warns(UserWarning, match="training mode"):
+        merged = reparam.merge(model)
+    assert merged.training and merged.conv1.training and not merged.conv2.training
 
 
 def test_slak_accepts_the_other_official_names():
@@ -219,29 +343,44 @@ def test_convert_sync_batchnorm(case):
     assert relative_error(converted(x), expected) <= 1e-10
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize(
-    "name", ["replknet", "unireplknet-7", "mobileone", "repmixer", "orepa", "csla", "slak"]
-)
-def test_compiles_without_graph_breaks(name, training):
+def compiled_equals_eager(case, training, backend, dtype=torch.float64):
+    """Output, gradients and statistics, with one graph."""
     torch._dynamo.reset()
-    case = BY_NAME[name]
-    block = randomise(case.make()).double().train(training)
+    block = randomise(case.make()).to(dtype).train(training)
     twin = copy.deepcopy(block)
-    x, y = random_input(case).requires_grad_(), random_input(case).requires_grad_()
+    x, y = random_input(case, dtype).requires_grad_(), random_input(case, dtype).requires_grad_()
     expected = block(x)
-    got = torch.compile(twin, fullgraph=True, backend="aot_eager")(y)
-    assert relative_error(got, expected) <= 1e-12
+    got = torch.compile(twin, fullgraph=True, backend=backend)(y)
+    tight = dtype == torch.float64
+    assert relative_error(got, expected) <= (1e-12 if tight else 1e-5)
     (got**2).sum().backward(), (expected**2).sum().backward()
-    assert relative_error(y.grad, x.grad) <= 1e-10
+    assert relative_error(y.grad, x.grad) <= (1e-10 if tight else 1e-4)
     for (label, a), b in zip(twin.named_buffers(), block.buffers(), strict=True):
-        assert torch.allclose(a.double(), b.double(), rtol=1e-12), label
+        assert torch.allclose(a.double(), b.double(), rtol=1e-12 if tight else 1e-5), label
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@every_case
+def test_compiles_without_graph_breaks(case, training):
+    compiled_equals_eager(case, training, "aot_eager")
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_inductor(training):
+    compiled_equals_eager(BY_NAME["replknet"], training, "inductor", torch.float32)
+
+
+# Convolutions of the exported graph where there is more than one: strips; the layer and its gate.
+CONVOLUTIONS = {
+    ("slak", True): 2, ("slak-without-bn", True): 2, ("slak", False): 2, ("slak-without-bn", False): 2,
+    ("repmlp", True): 3,
+}  # fmt: skip
+UNFOLDED = ("dbb", "dbb-depthwise", "repmlp")  # run by their modules while gradients are on
 
 
 @pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("name", ["replknet", "unireplknet-13", "repvgg", "repmixer", "repcpe"])
-def test_exports_to_one_convolution(name, merged):
-    case = BY_NAME[name]
+@every_case
+def test_exports_to_one_convolution(case, merged):
     block = randomise(case.make()).eval()
     if merged:
         block.reparameterize()
@@ -251,8 +390,9 @@ def test_exports_to_one_convolution(name, merged):
     bigger = torch.cat([x, x + 1])
     assert relative_error(program.module()(bigger), block(bigger)) <= 1e-6
     calls = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
-    convolutions = [c for c in calls if "conv2d" in c]
-    assert len(convolutions) == 1, calls
+    if merged or case.name not in UNFOLDED:
+        count = sum("conv2d" in c for c in calls)
+        assert count == CONVOLUTIONS.get((case.name, merged), 1), calls
 
 
 SHARED = ("unireplknet-7", "mobileone")  # families that run in two processes
@@ -383,7 +523,9 @@ def test_constructors_refuse_what_cannot_merge():
         (lambda: reparam.RepConditionalPosEnc(4, 8), "dim_out"),
         (lambda: reparam.RepMLPBlock(4, 8, 2, 2), "must equal out_channels"),
         (lambda: reparam.RefConv(4, 4, 3, map_k=5), "map_k"),
-        (lambda: reparam.SLaKReparamLargeKernelConv(4, 4, 21, 1, 4, 5, Decom=False), "Decom"),
+        (lambda: reparam.SLaKReparamLargeKernelConv(4, 4, 21, 1, 4, None, Decom=True), "strips' width"),
+        (lambda: reparam.TimmRepVGGBlock(4, 4, drop_path_rate=0.1), "drop_path_rate"),
+        (lambda: reparam.TimmRepVGGBlock(4, 4, 2), "kernel_size must be odd"),
         (lambda: reparam.FastViTMobileOneBlock(4, 8, 1, num_conv_branches=0), "without any branch"),
     ]
     for make, words in rows:

@@ -13,6 +13,7 @@ from lkconv.reparam.algebra import fold_dtype, merge_kernels
 from lkconv.reparam.branches import ConvBN, is_plain, run_branches, uses_batch_statistics
 from lkconv.reparam.convolution import autocast_input, convolve, make_layer
 from lkconv.reparam.geometry import Geometry
+from lkconv.reparam.planner import preferred_path
 
 
 class ReparamBlock(nn.Module):
@@ -138,10 +139,15 @@ class ReparamBlock(nn.Module):
         return next((t.dtype for t in self.parameters() if t.is_floating_point()), torch.float32)
 
     def _runs_folded(self) -> bool:
-        """Whether folding computes what calling the children would: plain modules, no batch statistics."""
-        return self._are_plain(self._training_children()) and not any(
-            isinstance(m, nn.modules.batchnorm._BatchNorm) and uses_batch_statistics(m)
-            for m in self._submodules(self._training_children())
+        """Whether folding computes what calling the children would: plain modules, no batch statistics. Not
+        where the user asked for module by module."""
+        return (
+            preferred_path() != "branches"
+            and self._are_plain(self._training_children())
+            and not any(
+                isinstance(m, nn.modules.batchnorm._BatchNorm) and uses_batch_statistics(m)
+                for m in self._submodules(self._training_children())
+            )
         )
 
     def _are_plain(self, names: Sequence[str]) -> bool:
@@ -262,12 +268,15 @@ def conv_bn(
     names: tuple[str, str] = ("conv", "bn"),
     affine: bool = True,
     sync: bool = False,
+    norm: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """A convolution without bias and its batch norm, as an ``nn.Sequential`` with these child names."""
+    """A convolution without bias and its batch norm (unless ``norm`` is False), as an ``nn.Sequential`` with
+    these child names."""
     pair = nn.Sequential()
     pair.add_module(names[0], make_layer(in_channels, out_channels, geometry, bias=False, **kwargs))
-    pair.add_module(names[1], batch_norm(out_channels, affine, sync, **kwargs))
+    if norm:
+        pair.add_module(names[1], batch_norm(out_channels, affine, sync, **kwargs))
     return pair
 
 
