@@ -7,9 +7,12 @@ never passes through torch's allocator; on a GPU it is what the caching allocato
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,6 +35,30 @@ def _resident(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) << 10
     raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def peak_of_a_call(work: Callable[[], object], device: str) -> int | None:
+    """Bytes that a call adds at most, its results included; None on a CPU without Linux and glibc.
+
+    For a process that has done other work: what lies freed in it is given back first, so that the call's own
+    memory is new to the process again.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        keep = work()
+        torch.cuda.synchronize()
+        del keep
+        return torch.cuda.max_memory_allocated() - before
+    if not Path("/proc/self/clear_refs").exists() or platform.libc_ver()[0] != "glibc":
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
+    before = _resident("VmRSS")
+    keep = work()
+    del keep
+    return max(0, _resident("VmHWM") - before)  # the kernel counts in batches of pages per thread
 
 
 def _step(module: torch.nn.Module, x: torch.Tensor) -> None:

@@ -116,6 +116,14 @@ def mobileone(names, count: int, kernel: int, groups: int, act, scale: bool, ski
     return oracle
 
 
+def timm_repvgg(groups: int):
+    def oracle(s: State, x: Tensor, t: bool) -> Tensor:
+        y = pair(s, "conv_kxk", x, t, padding=1, groups=groups) + pair(s, "conv_1x1", x, t, groups=groups)
+        return F.relu(y + norm(s, "identity", x, t))
+
+    return oracle
+
+
 def fastvit_embedding(s: State, x: Tensor, t: bool) -> Tensor:
     groups = x.shape[1]
     y = pair(s, "large_conv", x, t, stride=2, padding=3, groups=groups)
@@ -149,6 +157,13 @@ def slak(s: State, x: Tensor, t: bool) -> Tensor:
     y = pair(s, "LoRA1", x, t, padding=(10, 2), groups=groups)
     y = y + pair(s, "LoRA2", x, t, padding=(2, 10), groups=groups)
     return y + pair(s, "small_conv", x, t, padding=2, groups=groups)
+
+
+def slak_without_bn(s: State, x: Tensor, t: bool) -> Tensor:
+    groups = x.shape[1]
+    y = conv(s, "LoRA1.conv", x, padding=(10, 2), groups=groups)
+    y = y + conv(s, "LoRA2.conv", x, padding=(2, 10), groups=groups)
+    return y + conv(s, "small_conv.conv", x, padding=2, groups=groups)
 
 
 # --- families for any groups ------------------------------------------------------------------------------
@@ -315,6 +330,9 @@ def _cases() -> list[Case]:
              (2, 6, 9, 8), wb("rbr_reparam"), (*pair_keys("rbr_dense", "rbr_1x1"), *bn_keys("rbr_identity"))),
         Case("repvgg-stride", lambda **f: r.RepVGGBlock(6, 8, 3, 2, 1, groups=2, **f), repvgg(2, 1, 2, False),
              (2, 6, 9, 8), wb("rbr_reparam"), pair_keys("rbr_dense", "rbr_1x1")),
+        Case("timm-repvgg", lambda **f: r.TimmRepVGGBlock(6, 6, group_size=3, **f),
+             timm_repvgg(2), (2, 6, 9, 8), wb("reparam_conv"),
+             (*pair_keys("conv_kxk", "conv_1x1"), *bn_keys("identity"))),
         Case("mobileone", lambda **f: r.MobileOneBlock(6, 6, 3, 1, 1, groups=6, num_conv_branches=3, **f),
              mobileone(MOBILEONE, 3, 3, 6, F.relu, True, True), (2, 6, 9, 8), wb("reparam_conv"),
              (*pair_keys("rbr_conv.0", "rbr_conv.1", "rbr_conv.2", "rbr_scale"), *bn_keys("rbr_skip"))),
@@ -336,8 +354,17 @@ def _cases() -> list[Case]:
         Case("repvit-legacy", lambda **f: r.RepVGGDW(6, legacy=True, **f), repvit(True), (2, 6, 9, 8),
              wb("reparam_conv"), ("conv.c.weight", *bn_keys("conv.bn"), "conv1.c.weight",
              *bn_keys("conv1.bn"))),
-        Case("slak", lambda **f: r.SLaKReparamLargeKernelConv(5, 5, 21, 1, 5, 5, **f), slak, (2, 5, 14, 13),
-             (*wb("strip_vertical"), *wb("strip_horizontal")), pair_keys("LoRA1", "LoRA2", "small_conv")),
+        Case("slak", lambda **f: r.SLaKReparamLargeKernelConv(5, 5, 21, 1, 5, 5, Decom=True, **f), slak,
+             (2, 5, 14, 13), (*wb("strip_vertical"), *wb("strip_horizontal")),
+             pair_keys("LoRA1", "LoRA2", "small_conv")),
+        Case("slak-dense", lambda **f: r.SLaKReparamLargeKernelConv(6, 6, 13, 1, 6, 5, **f), replknet(13, 5),
+             (2, 6, 12, 11), wb("lkb_reparam"), pair_keys("lkb_origin", "small_conv")),
+        Case("slak-alone", lambda **f: r.SLaKReparamLargeKernelConv(6, 6, 9, 1, 6, None, **f),
+             replknet(9, None), (2, 6, 12, 11), wb("lkb_reparam"), pair_keys("lkb_origin")),
+        Case("slak-without-bn",
+             lambda **f: r.SLaKReparamLargeKernelConv(5, 5, 21, 1, 5, 5, Decom=True, bn=False, **f),
+             slak_without_bn, (2, 5, 14, 13), (*wb("strip_vertical"), *wb("strip_horizontal")),
+             tuple(f"{name}.conv.weight" for name in ("LoRA1", "LoRA2", "small_conv"))),
         Case("acnet", lambda **f: r.ACBlock(6, 8, 3, padding=1, **f), acnet(3, 1, 1, 1), (2, 6, 9, 8),
              wb("fused_conv"), tuple(k for n in ("square", "ver", "hor")
                                      for k in (f"{n}_conv.weight", *bn_keys(f"{n}_bn")))),

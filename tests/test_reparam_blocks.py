@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from lkconv import reparam
 from lkconv.reparam import use_training_path
 from reparam_cases import CASES, flag_of, random_input, randomise, relative_error, state_of
 
@@ -246,15 +247,69 @@ def test_autocast_gives_the_low_precision_output(case):
     assert all(p.dtype == torch.float32 for p in block.parameters())
 
 
+def training_modules(block):
+    """Names of everything inside the training form's branches that a user could hook or replace."""
+    inside = ("convmap",) if isinstance(block, reparam.RefConv) else tuple(block._training_children())
+    return [
+        name
+        for name, m in block.named_modules()
+        if name.startswith(inside) and not isinstance(m, nn.ModuleList | nn.Identity)
+    ]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @every_case
-def test_hooks_on_branches_still_run(case):
-    block = build(case).eval()
+def test_hooks_on_branches_still_run(case, training):
+    """On every module, one after the other: a hook on any of them is called, and what it returns counts."""
+    block = build(case).train(training)
     x = random_input(case)
-    norms = [m for n, m in block.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    if not norms:
-        pytest.skip("no batch norm to hook")
-    calls = []
-    norms[-1].register_forward_hook(lambda *_: calls.append(1))
-    expected = case.oracle(state_of(block), x, False)
-    assert relative_error(block(x), expected) <= 1e-10
-    assert calls
+    expected = case.oracle(state_of(block), x, training)
+    for name in training_modules(block):
+        calls = []
+        one = copy.deepcopy(block)
+        one.get_submodule(name).register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        assert relative_error(one(x), expected) <= 1e-10, name
+        assert calls, name
+        changed = copy.deepcopy(block)
+        changed.get_submodule(name).register_forward_hook(lambda m, i, y: y * y)
+        assert relative_error(changed(x), expected) > 1e-3, name
+
+
+def counting_subclass(base, calls):
+    def forward(self, *args):
+        calls.append(1)
+        return base.forward(self, *args)
+
+    return type("Rounded", (base,), {"forward": forward})
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@every_case
+def test_modules_of_other_types_are_called(case, training):
+    """A subclass with its own forward, such as a layer that rounds its weight, is not bypassed."""
+    block = build(case).train(training)
+    x = random_input(case)
+    for name in training_modules(block):
+        one, calls = copy.deepcopy(block), []
+        module = one.get_submodule(name)
+        module.__class__ = counting_subclass(type(module), calls)
+        assert relative_error(one(x), case.oracle(state_of(block), x, training)) <= 1e-10, name
+        assert calls, name
+        patched, calls = copy.deepcopy(block), []
+        module = patched.get_submodule(name)
+        module.forward = lambda *a, f=module.forward, calls=calls: calls.append(1) or f(*a)
+        patched(x)
+        assert calls, name
+
+
+def test_merging_a_branch_that_is_no_convolution_names_it():
+    block = build(next(c for c in CASES if c.name == "replknet")).eval()
+    block.small_conv.conv = nn.Sequential(block.small_conv.conv)
+    x = random_input(next(c for c in CASES if c.name == "replknet"))
+    assert block(x).shape == x.shape
+    with pytest.raises(ValueError, match=r"small_conv: a Sequential cannot be merged"):
+        block.reparameterize()
+    mixer = build(next(c for c in CASES if c.name == "repmixer")).eval()
+    mixer.layer_scale = nn.Hardtanh()
+    with pytest.raises(ValueError, match="layer_scale: a Hardtanh cannot be merged"):
+        mixer.reparameterize()

@@ -1,7 +1,11 @@
 """Whole models: merging, other libraries' conversions, compilers, processes."""
 
 import copy
+import importlib
 import warnings
+from contextlib import nullcontext
+from datetime import timedelta
+from itertools import pairwise
 
 import pytest
 import torch
@@ -152,8 +156,17 @@ def test_timm_reparameterize_model():
 def test_checkpoints_of_timm_load():
     """Names and values agree with the library that FastViT's users have."""
     fastvit = pytest.importorskip("timm.models.fastvit")
+    byobnet, repvit = (importlib.import_module(f"timm.models.{name}") for name in ("byobnet", "repvit"))
+    gated = byobnet.LayerFn(attn=importlib.import_module("timm.layers").SEModule)
     torch.manual_seed(0)
     rows = [
+        (byobnet.RepVggBlock(6, 6), reparam.TimmRepVGGBlock(6, 6)),
+        (byobnet.RepVggBlock(6, 12, stride=2, group_size=3),
+         reparam.TimmRepVGGBlock(6, 12, stride=2, group_size=3)),
+        (byobnet.RepVggBlock(6, 6, dilation=(2, 2), group_size=1, layers=gated),
+         reparam.TimmRepVGGBlock(6, 6, dilation=(2, 2), group_size=1, layers=gated)),
+        (repvit.RepVggDw(6, 3), reparam.RepVGGDW(6, 3)),
+        (repvit.RepVggDw(6, 3, legacy=True), reparam.RepVGGDW(6, 3, legacy=True)),
         (fastvit.RepMixer(6, 3, 0.5), reparam.RepMixer(6, 3)),
         (fastvit.MobileOneBlock(6, 6, 3, group_size=1), reparam.FastViTMobileOneBlock(6, 6, 3, group_size=1)),
         (fastvit.MobileOneBlock(6, 8, 3, 2, use_se=True),
@@ -170,6 +183,120 @@ def test_checkpoints_of_timm_load():
         assert relative_error(ours.eval()(x), expected) <= 1e-5
         ours.reparameterize()
         assert relative_error(ours(x), expected) <= 1e-5
+
+
+def test_official_signatures():
+    """Positional arguments mean what they mean in the official code."""
+    orepa = reparam.OREPA(6, 6, 3, 1, 1, 1, 6, None, False, None, False, True, 2.0)  # weight_only
+    assert "bn" not in dict(orepa.named_children()) and not any(
+        k.startswith("bn.") for k in orepa.state_dict()
+    )
+    kernel = orepa()
+    assert torch.equal(kernel, orepa.weight_gen()) and kernel.shape == (6, 1, 3, 3)
+    orepa.reparameterize()
+    assert torch.equal(orepa(), kernel)
+    deployed = reparam.OREPA(6, 6, 3, 1, 1, groups=6, deploy=True, weight_only=True)
+    deployed.load_state_dict(orepa.state_dict())
+    assert torch.equal(deployed(), kernel)
+    with pytest.raises(ValueError, match="weight_only"):
+        reparam.OREPA(6, 6, 3, 1, 1)()
+    slak = reparam.SLaKReparamLargeKernelConv(6, 6, 13, 1, 6, 5, False, True, True)
+    assert slak.Decom and not slak.is_merged
+    plain = reparam.SLaKReparamLargeKernelConv(6, 6, 13, 1, 6, None)
+    assert not plain.Decom and set(dict(plain.named_children())) == {"lkb_origin"}
+    with pytest.raises(ValueError, match="without Decom there are no strips"):
+        plain.get_equivalent_strips()
+
+
+class Stem(nn.Module):
+    """A RefConv and a batch norm as attributes, as residual networks write them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = reparam.RefConv(3, 6, 5), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = reparam.RefConv(6, 6, 5, groups=6), nn.BatchNorm2d(6)
+        self.kept = []
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return y + self.bn2(self.conv2(y))
+
+
+class ReadsTheConvolution(Stem):
+    def forward(self, x):
+        y = self.conv1(x)
+        return self.bn1(y) + y
+
+
+class SharesTheNorm(Stem):
+    def forward(self, x):
+        return self.bn1(self.conv1(x)) + self.bn1(self.conv1(x + 1))
+
+
+class ReadsTheWeight(Stem):
+    def forward(self, x):
+        return self.bn1(self.conv1(x)) + self.bn1.running_mean.sum()
+
+
+class LooksAtValues(Stem):
+    def forward(self, x):
+        return self.bn1(self.conv1(x)) if x.mean() < 100 else x
+
+
+class NormFirst(Stem):
+    def forward(self, x):
+        return self.conv2(self.bn1(self.conv1(x)))
+
+
+class InAList(Stem):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([reparam.RefConv(3, 6, 5), nn.BatchNorm2d(6)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("make", "folded"),
+    [(Stem, 2), (ReadsTheConvolution, 0), (SharesTheNorm, 0), (ReadsTheWeight, 0), (LooksAtValues, 0),
+     (NormFirst, 1), (InAList, 1)],
+)  # fmt: skip
+def test_merge_folds_the_norm_that_follows_a_refconv(make, folded):
+    torch.manual_seed(0)
+    model = nn.Sequential(randomise(make()).double()).eval()
+    x = image()
+    merged = reparam.merge(model)
+    assert relative_error(merged(x), model(x)) <= 1e-10
+    count = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in merged.modules()) == count - folded
+    assert not any(m.training for m in merged.modules())
+
+
+def test_merge_leaves_norms_that_do_more_alone():
+    torch.manual_seed(0)
+    x = image()
+    hooked = randomise(Stem()).double().eval()
+    hooked.bn1.register_forward_hook(lambda m, i, y: 2 * y)
+    shared = randomise(Stem()).double().eval()
+    shared.again = shared.bn2
+    subclass = randomise(Stem()).double().eval()
+    subclass.bn1.__class__ = type("Activated", (nn.BatchNorm2d,), {"forward": lambda m, x: x.relu()})
+    for model in (hooked, shared, subclass):
+        merged = reparam.merge(model)
+        assert relative_error(merged(x), model(x)) <= 1e-10
+        names = {n for n, m in merged.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        assert len(names) == 1
+
+
+def test_merge_in_training_mode_keeps_the_modes():
+    model = Stem().train()
+    model.conv2.eval()
+    with pytest.warns(UserWarning, match="training mode"):
+        merged = reparam.merge(model)
+    assert merged.training and merged.conv1.training and not merged.conv2.training
 
 
 def test_slak_accepts_the_other_official_names():
@@ -216,29 +343,44 @@ def test_convert_sync_batchnorm(case):
     assert relative_error(converted(x), expected) <= 1e-10
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize(
-    "name", ["replknet", "unireplknet-7", "mobileone", "repmixer", "orepa", "csla", "slak"]
-)
-def test_compiles_without_graph_breaks(name, training):
+def compiled_equals_eager(case, training, backend, dtype=torch.float64):
+    """Output, gradients and statistics, with one graph."""
     torch._dynamo.reset()
-    case = BY_NAME[name]
-    block = randomise(case.make()).double().train(training)
+    block = randomise(case.make()).to(dtype).train(training)
     twin = copy.deepcopy(block)
-    x, y = random_input(case).requires_grad_(), random_input(case).requires_grad_()
+    x, y = random_input(case, dtype).requires_grad_(), random_input(case, dtype).requires_grad_()
     expected = block(x)
-    got = torch.compile(twin, fullgraph=True, backend="aot_eager")(y)
-    assert relative_error(got, expected) <= 1e-12
+    got = torch.compile(twin, fullgraph=True, backend=backend)(y)
+    tight = dtype == torch.float64
+    assert relative_error(got, expected) <= (1e-12 if tight else 1e-5)
     (got**2).sum().backward(), (expected**2).sum().backward()
-    assert relative_error(y.grad, x.grad) <= 1e-10
+    assert relative_error(y.grad, x.grad) <= (1e-10 if tight else 1e-4)
     for (label, a), b in zip(twin.named_buffers(), block.buffers(), strict=True):
-        assert torch.allclose(a.double(), b.double(), rtol=1e-12), label
+        assert torch.allclose(a.double(), b.double(), rtol=1e-12 if tight else 1e-5), label
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@every_case
+def test_compiles_without_graph_breaks(case, training):
+    compiled_equals_eager(case, training, "aot_eager")
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_inductor(training):
+    compiled_equals_eager(BY_NAME["replknet"], training, "inductor", torch.float32)
+
+
+# Convolutions of the exported graph where there is more than one: strips; the layer and its gate.
+CONVOLUTIONS = {
+    ("slak", True): 2, ("slak-without-bn", True): 2, ("slak", False): 2, ("slak-without-bn", False): 2,
+    ("repmlp", True): 3,
+}  # fmt: skip
+UNFOLDED = ("dbb", "dbb-depthwise", "repmlp")  # run by their modules while gradients are on
 
 
 @pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("name", ["replknet", "unireplknet-13", "repvgg", "repmixer", "repcpe"])
-def test_exports_to_one_convolution(name, merged):
-    case = BY_NAME[name]
+@every_case
+def test_exports_to_one_convolution(case, merged):
     block = randomise(case.make()).eval()
     if merged:
         block.reparameterize()
@@ -248,66 +390,126 @@ def test_exports_to_one_convolution(name, merged):
     bigger = torch.cat([x, x + 1])
     assert relative_error(program.module()(bigger), block(bigger)) <= 1e-6
     calls = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
-    convolutions = [c for c in calls if "conv2d" in c]
-    assert len(convolutions) == 1, calls
+    if merged or case.name not in UNFOLDED:
+        count = sum("conv2d" in c for c in calls)
+        assert count == CONVOLUTIONS.get((case.name, merged), 1), calls
 
 
-def _two_batches():
-    case = BY_NAME["unireplknet-7"]
+SHARED = ("unireplknet-7", "mobileone")  # families that run in two processes
+PARALLEL = (*SHARED, "replknet-dense", "orepa")
+
+
+def _two_batches(name):
+    case = BY_NAME[name]
     return torch.cat([random_input(case), random_input(case, seed=5)])
 
 
-def _block():
-    return randomise(BY_NAME["unireplknet-7"].make()).double().train()
+def _block(name):
+    block = randomise(BY_NAME[name].make()).double().train()
+    if hasattr(block, "activation"):
+        block.activation = nn.Identity()  # rounding decides the sign at a kink
+    return block
+
+
+def _count_all_reduces():
+    """A list that grows by one with every all-reduce of this process from now on."""
+    calls, plain = [], dist.all_reduce
+
+    def all_reduce(*args, **kwargs):
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    dist.all_reduce = all_reduce
+    return calls
+
+
+def _synchronised_step(name, path, x, scale, calls):
+    """Gradients of ``scale sum(y^2)`` over both processes, statistics, and all-reduces per pass."""
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(_block(name))
+    counts = [len(calls)]
+    with reparam.use_training_path(path) if path else nullcontext():
+        loss = scale * (block(x) ** 2).sum()
+        counts.append(len(calls))
+        loss.backward()
+    counts.append(len(calls))
+    for parameter in block.parameters():
+        dist.all_reduce(parameter.grad)
+    return {
+        "gradients": {n: p.grad for n, p in block.named_parameters()},
+        "buffers": dict(block.named_buffers()),
+        "reductions": [b - a for a, b in pairwise(counts)],
+    }
 
 
 def _worker(rank, file, results):
-    """One process of two, half the batch each: synchronised statistics, then DistributedDataParallel."""
+    """One process of two: synchronised statistics of halves and of an uneven split, then
+    DistributedDataParallel. A mismatch of collectives ends in a timeout."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    x, found = _two_batches().chunk(2)[rank], {}
-    for path in ("fused", "fused-recompute"):
-        block = nn.SyncBatchNorm.convert_sync_batchnorm(_block())
-        with reparam.use_training_path(path):
-            (block(x) ** 2).mean().backward()
-        for parameter in block.parameters():
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= 2
-        found[path] = ({n: p.grad for n, p in block.named_parameters()}, dict(block.named_buffers()))
-    block = _block()
-    parallel = nn.parallel.DistributedDataParallel(block)
-    (parallel(x) ** 2).mean().backward()
-    found["parallel"] = {n: p.grad for n, p in block.named_parameters()}
+    patience = timedelta(seconds=30)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=patience)
+    found, calls = {}, _count_all_reduces()
+    for name in SHARED:
+        whole = _two_batches(name)
+        for path in (None, "fused", "fused-recompute"):
+            for split in ([2, 2], [4, 0]):
+                x, scale = whole.split(split)[rank], 1 / whole.numel()
+                found[name, path, split[0]] = _synchronised_step(name, path, x, scale, calls)
+    for name in PARALLEL:
+        block = _block(name)
+        parallel = nn.parallel.DistributedDataParallel(block)
+        (parallel(_two_batches(name).chunk(2)[rank]) ** 2).mean().backward()
+        found[name] = {n: p.grad for n, p in block.named_parameters()}
     if rank == 0:
         torch.save(found, results)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_two_processes(tmp_path):
-    results = tmp_path / "results.pt"
-    mp.spawn(_worker, (str(tmp_path / "store"), str(results)), nprocs=2)
-    found, x = torch.load(results), _two_batches()
-    block = _block()
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes found, by (family, path, images of the first one) and by family."""
+    folder = tmp_path_factory.mktemp("processes")
+    results = folder / "results.pt"
+    mp.spawn(_worker, (str(folder / "store"), str(results)), nprocs=2)
+    return torch.load(results)
+
+
+@pytest.mark.parametrize("images", [2, 4], ids=["halves", "one-empty"])
+@pytest.mark.parametrize("path", [None, "fused", "fused-recompute"])
+@pytest.mark.parametrize("name", SHARED)
+def test_synchronised_statistics(two_processes, name, path, images):
+    """Together they are one process with the whole batch, through one all-reduce per pass."""
+    found, x, block = two_processes[name, path, images], _two_batches(name), _block(name)
     with reparam.use_training_path("branches"):
-        (block(x) ** 2).mean().backward()
-    for path in ("fused", "fused-recompute"):  # together they are one process with the whole batch
-        gradients, buffers = found[path]
-        for name, parameter in block.named_parameters():
-            assert torch.allclose(gradients[name], parameter.grad, rtol=1e-9, atol=1e-11), name
-        for name, buffer in block.named_buffers():
-            assert torch.allclose(buffers[name].double(), buffer.double(), rtol=1e-10), name
-    halves = [_block() for _ in range(2)]  # without synchronisation each half has its own statistics
-    for half, part in zip(halves, x.chunk(2), strict=True):
+        ((block(x) ** 2).sum() / x.numel()).backward()
+    for label, parameter in block.named_parameters():
+        assert torch.allclose(found["gradients"][label], parameter.grad, rtol=1e-9, atol=1e-11), label
+    for label, buffer in block.named_buffers():
+        assert torch.allclose(found["buffers"][label].double(), buffer.double(), rtol=1e-10), label
+    assert found["reductions"] == [1, 1]
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_distributed_data_parallel(two_processes, name):
+    """Without synchronisation each half has its own statistics."""
+    halves = [_block(name) for _ in range(2)]
+    for half, part in zip(halves, _two_batches(name).chunk(2), strict=True):
         (half(part) ** 2).mean().backward()
-    for (name, a), b in zip(halves[0].named_parameters(), halves[1].parameters(), strict=True):
-        assert torch.allclose(found["parallel"][name], (a.grad + b.grad) / 2, rtol=1e-9, atol=1e-12), name
+    for (label, a), b in zip(halves[0].named_parameters(), halves[1].parameters(), strict=True):
+        want = (a.grad + b.grad) / 2
+        assert torch.allclose(two_processes[name][label], want, rtol=1e-9, atol=1e-12), label
 
 
 def test_constructors_refuse_what_cannot_merge():
     rows = [
         (lambda: reparam.DilatedReparamBlock(4, 19), "kernel_size must be one of"),
         (lambda: reparam.DilatedReparamBlock(4, 7, branches=[(3, 4)]), r"kernel 3, dilation 4"),
+        (lambda: reparam.DilatedReparamBlock(4, 7, branches=[(3, 0)]), r"kernel 3, dilation 0"),
+        (
+            lambda: reparam.DilatedReparamBlock(4, 12, branches=[(5, 1)]),
+            r"lk_origin: kernel_size must be odd",
+        ),
+        (lambda: reparam.DilatedReparamBlock(4, 7, branches=[(3, 1), (3, 1)]), "differ from each other"),
         (lambda: reparam.ReparamLargeKernelConv(4, 4, 5, 1, 4, 7), "small_kernel"),
         (lambda: reparam.ReparamLargeKernelConv(4, 4, 5, 1, 4, 4), "parity"),
         (lambda: reparam.ReparamLargeKernelConv(4, 6, 5, 1, 4, 3), "groups 4"),
@@ -321,7 +523,9 @@ def test_constructors_refuse_what_cannot_merge():
         (lambda: reparam.RepConditionalPosEnc(4, 8), "dim_out"),
         (lambda: reparam.RepMLPBlock(4, 8, 2, 2), "must equal out_channels"),
         (lambda: reparam.RefConv(4, 4, 3, map_k=5), "map_k"),
-        (lambda: reparam.SLaKReparamLargeKernelConv(4, 4, 21, 1, 4, 5, Decom=False), "Decom"),
+        (lambda: reparam.SLaKReparamLargeKernelConv(4, 4, 21, 1, 4, None, Decom=True), "strips' width"),
+        (lambda: reparam.TimmRepVGGBlock(4, 4, drop_path_rate=0.1), "drop_path_rate"),
+        (lambda: reparam.TimmRepVGGBlock(4, 4, 2), "kernel_size must be odd"),
         (lambda: reparam.FastViTMobileOneBlock(4, 8, 1, num_conv_branches=0), "without any branch"),
     ]
     for make, words in rows:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lkconv import reparam
+from lkconv.reparam.block import conv_bn
 from lkconv.reparam.planner import Situation, plan
 from lkconv.reparam.repoptimizer import block_multiplier
 from reparam_cases import CASES, random_input, randomise, relative_error
@@ -131,6 +132,21 @@ def test_frozen_branches_run_merged_inside_a_training_model():
     assert y.shape == expected.shape
 
 
+@pytest.mark.parametrize("name", ["unireplknet-7", "slak"])
+def test_forward_mode_with_batch_statistics(name):
+    """A directional derivative agrees with the gradient of the fused path."""
+    case = BY_NAME[name]
+    block = randomise(case.make()).double().train()
+    x = random_input(case).requires_grad_()
+    direction = torch.randn_like(x)
+    cotangent = torch.randn_like(block(x))
+    (gradient,) = torch.autograd.grad(block(x), x, cotangent)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), direction)
+        tangent = torch.autograd.forward_ad.unpack_dual(block(dual)).tangent
+    assert torch.allclose((tangent * cotangent).sum(), (gradient * direction).sum(), rtol=1e-10)
+
+
 PLANS = [
     (Situation(False, (False,), True), "branches"),
     (Situation(True, (False, False), True), "merged"),
@@ -141,6 +157,11 @@ PLANS = [
     (Situation(True, (True, True), True, traced=True), "branches"),
     (Situation(True, (True, True), True), "fused"),
     (Situation(True, (True, True), True, synchronised=True), "fused"),
+    (Situation(True, (True, True), True, in_place=(25,)), "fused"),
+    (Situation(True, (True,), True, in_place=(49,)), "fused"),
+    (Situation(True, (True,), True, in_place=(169,)), "branches"),
+    (Situation(True, (True, True), True, in_place=()), "branches"),
+    (Situation(True, (True, True), True, in_place=(), synchronised=True), "fused"),
 ]
 
 
@@ -150,8 +171,34 @@ def test_planner(situation, path):
     assert chosen.path == path and chosen.reason
 
 
+@pytest.mark.parametrize(
+    ("kernels", "size", "fused"),
+    [
+        (((31, 31), (5, 5)), (128, 56), True),
+        (((31, 31),), (128, 56), False),
+        (((13, 13), (5, 5), (3, 3)), (160, 28), True),
+        (((51, 5), (5, 5)), (124, 56), True),
+        (((5, 51),), (124, 56), False),
+        (((3, 3), (1, 1)), (96, 56), True),
+        (((3, 3),), (96, 56), True),
+    ],
+)
+def test_what_runs_apart_trains_branch_by_branch(kernels, size, fused):
+    channels, side = size
+    target = reparam.Geometry(kernels[0], padding=(kernels[0][0] // 2, kernels[0][1] // 2), groups=channels)
+    parts = []
+    for k in kernels:
+        geometry = reparam.Geometry(k, padding=(k[0] // 2, k[1] // 2), groups=channels)
+        parts.append(reparam.ConvBN.of("branch", conv_bn(channels, channels, geometry).train()))
+    x = torch.randn(1, channels, side, side)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        reparam.run_branches(x, parts, target, channels)
+    assert any(e.key == "BatchStatisticsSum" for e in profile.key_averages()) == fused
+
+
 def test_planner_takes_wishes_where_possible():
     trains = Situation(True, (True, True), True)
+    assert plan(Situation(True, (True,), True, in_place=()), "fused").path == "fused"
     for path in ("fused", "fused-recompute", "branches"):
         assert plan(trains, path).path == path
     assert plan(Situation(True, (True, True), False), "fused").path == "branches"
@@ -218,6 +265,24 @@ def follow(block, plain, trained, ours, groups):
             (y.sin() + y**2).mean().backward()
             optimiser.step()
         assert relative_error(plain, branches_kernel(block)) <= 1e-10
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_a_step_skipped_by_a_gradient_scaler_changes_nothing(fused):
+    weight = nn.Parameter(torch.rand(2, 2, 3, 3) + 1)
+    for make in (reparam.RepSGD, reparam.RepAdamW):
+        ours = make([weight], {weight: torch.full_like(weight, 4.0)}, lr=0.1, weight_decay=0.5, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        before = weight.detach().clone()
+        scaler.scale((weight * float("inf")).sum()).backward()
+        scaler.step(ours)
+        scaler.update()
+        assert torch.equal(weight, before), make.__name__
+        weight.grad = None
+        scaler.scale(weight.sum()).backward()
+        scaler.step(ours)
+        assert not torch.equal(weight, before), make.__name__
+        weight.grad = None
 
 
 def test_gradient_multipliers_of_repvgg():

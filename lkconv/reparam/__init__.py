@@ -29,7 +29,7 @@ from lkconv.reparam.refconv import RefConv
 from lkconv.reparam.replknet import ReparamLargeKernelConv
 from lkconv.reparam.repmlp import RepMLPBlock
 from lkconv.reparam.repoptimizer import RepAdamW, RepSGD, block_multiplier, gradient_multipliers
-from lkconv.reparam.repvgg import RepVGGBlock
+from lkconv.reparam.repvgg import RepVGGBlock, TimmRepVGGBlock
 from lkconv.reparam.repvit import RepVGGDW
 from lkconv.reparam.resrep import CompactorLayer, ResRepBlock, fold_compactor
 from lkconv.reparam.slak import SLaKReparamLargeKernelConv
@@ -62,6 +62,7 @@ __all__ = [
     "ReparamLargeKernelConv",
     "ResRepBlock",
     "SLaKReparamLargeKernelConv",
+    "TimmRepVGGBlock",
     "block_multiplier",
     "compose_1x1",
     "fold_batch_norm",

@@ -53,9 +53,11 @@ def branch_output(input: Tensor, weight: Tensor | None, geometry: Geometry | Non
 
 
 def moments(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel, in float32 or float64."""
+    """Mean and biased variance per channel, in float32 or float64; zeros for no values."""
     # Scratch running statistics make PyTorch's kernel accumulate and answer in their dtype.
     scratch = torch.zeros(2, y.shape[1], dtype=fold_dtype(y), device=y.device)
+    if y.numel() == 0:
+        return scratch[0], scratch[1]
     mean, var = torch.ops.aten.batch_norm_update_stats(y, scratch[0], scratch[1], 0.0)
     return mean, var
 
@@ -125,12 +127,12 @@ class BatchStatisticsSum(torch.autograd.Function):
             outputs, count = [kept.outputs, *kept.given], how.values_per_channel
         else:
             outputs, means, variances, count = _outputs(input, weights, spec)
-        if count * (dist.get_world_size(spec.group) if spec.synchronise else 1) < 2:
-            raise ValueError(
-                f"batch statistics need more than 1 value per channel, got output {tuple(input.shape)}"
-            )
         if spec.synchronise:
             means, variances, count = synchronised_moments(means, variances, count, spec.group)
+        if count < 2:  # after the reduction, so that all processes raise or none
+            raise ValueError(
+                f"batch statistics need more than 1 value per channel, got input {tuple(input.shape)}"
+            )
         eps = torch.tensor(spec.eps, dtype=means.dtype, device=means.device).unsqueeze(1)
         inverse = torch.rsqrt(variances + eps)
         scales = _scales(gammas, inverse)

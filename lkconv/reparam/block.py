@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lkconv._hooks import has_hooks
 from lkconv.reparam.algebra import fold_dtype, merge_kernels
-from lkconv.reparam.branches import ConvBN, run_branches, uses_batch_statistics
+from lkconv.reparam.branches import ConvBN, is_plain, run_branches, uses_batch_statistics
 from lkconv.reparam.convolution import autocast_input, convolve, make_layer
 from lkconv.reparam.geometry import Geometry
+from lkconv.reparam.planner import preferred_path
 
 
 class ReparamBlock(nn.Module):
@@ -36,6 +36,8 @@ class ReparamBlock(nn.Module):
     merged_name = "reparam"
     merged_bias = True
     deploy_flag = "deploy"  # the constructor argument and attribute that tell the merged form
+    # This family's own modules of which folding knows the formula.
+    plain_types: tuple[type[nn.Module], ...] = ()
 
     if TYPE_CHECKING:
 
@@ -137,12 +139,27 @@ class ReparamBlock(nn.Module):
         return next((t.dtype for t in self.parameters() if t.is_floating_point()), torch.float32)
 
     def _runs_folded(self) -> bool:
-        """Whether folding computes what calling the children would: no batch statistics, no hooks."""
-        return not any(
-            has_hooks(m) or (isinstance(m, nn.modules.batchnorm._BatchNorm) and uses_batch_statistics(m))
-            for name in self._training_children()
-            for m in (self._modules.get(name) or nn.Identity()).modules()
+        """Whether folding computes what calling the children would: plain modules, no batch statistics. Not
+        where the user asked for module by module."""
+        return (
+            preferred_path() != "branches"
+            and self._are_plain(self._training_children())
+            and not any(
+                isinstance(m, nn.modules.batchnorm._BatchNorm) and uses_batch_statistics(m)
+                for m in self._submodules(self._training_children())
+            )
         )
+
+    def _are_plain(self, names: Sequence[str]) -> bool:
+        """Whether the children ``names`` and all they hold may be read instead of called."""
+        return all(is_plain(m, self.plain_types) for m in self._submodules(names))
+
+    def _submodules(self, names: Sequence[str]) -> Iterator[nn.Module]:
+        """The children ``names``, as far as they are modules, and all they hold."""
+        for name in names:
+            child = self._modules.get(name)
+            if child is not None:
+                yield from child.modules()
 
     def _convolve_folded(self, input: Tensor) -> Tensor:
         """Training form, evaluated as one convolution with the folded kernel."""
@@ -251,12 +268,15 @@ def conv_bn(
     names: tuple[str, str] = ("conv", "bn"),
     affine: bool = True,
     sync: bool = False,
+    norm: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """A convolution without bias and its batch norm, as an ``nn.Sequential`` with these child names."""
+    """A convolution without bias and its batch norm (unless ``norm`` is False), as an ``nn.Sequential`` with
+    these child names."""
     pair = nn.Sequential()
     pair.add_module(names[0], make_layer(in_channels, out_channels, geometry, bias=False, **kwargs))
-    pair.add_module(names[1], batch_norm(out_channels, affine, sync, **kwargs))
+    if norm:
+        pair.add_module(names[1], batch_norm(out_channels, affine, sync, **kwargs))
     return pair
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lkconv._hooks import has_hooks
+from lkconv import _hooks, backends
+from lkconv.modules import DepthwiseConv2d
+from lkconv.ops import autocast_dtype, forward_ad_active
+from lkconv.reparam import normalised_branches
 from lkconv.reparam.algebra import Branch, identity_geometry, identity_kernel, merge_kernels, module_affine
 from lkconv.reparam.batch_statistics import BatchStatisticsSum, SumSpec
 from lkconv.reparam.convolution import autocast_input, convolve, is_depthwise
@@ -27,17 +31,25 @@ class ConvBN:
     convolution as it is.
 
     name: how error messages call the branch. crop (height, width): pixels cut from each side of the input
-    before the convolution.
+    before the convolution. pair: the module that holds both and is called for them, where there is one.
     """
 
     name: str
     conv: Any
     bn: Any = None
     crop: tuple[int, int] = (0, 0)
+    pair: nn.Module | None = None
+
+    @classmethod
+    def of(cls, name: str, pair: Any) -> ConvBN:
+        """The branch ``pair``, a Sequential of ``conv`` and possibly ``bn``."""
+        return cls(name, pair.conv, getattr(pair, "bn", None), pair=pair)
 
     def __call__(self, input: Tensor) -> Tensor:
         crop_h, crop_w = self.crop
         y = F.pad(input, (-crop_w, -crop_w, -crop_h, -crop_h)) if crop_h or crop_w else input
+        if self.pair is not None:
+            return self.pair(y)
         if self.conv is not None:
             y = self.conv(y)
         return y if self.bn is None else self.bn(y)
@@ -52,13 +64,16 @@ class ConvBN:
     def linear(self, target: Geometry, channels: int, like: Tensor) -> Branch:
         """The branch as weight, scale and bias, with the running statistics of its batch norm.
 
-        An identity's kernel takes device and dtype from ``like``.
+        An identity's kernel takes device and dtype from ``like``. A ValueError names a branch whose
+        convolution is no ``nn.Conv2d``.
         """
         bias = None
         if self.conv is None:
             weight = identity_kernel(channels, target.groups, device=like.device, dtype=like.dtype)
-        else:
+        elif isinstance(self.conv, nn.Conv2d):
             weight, bias = self.conv.weight, self.conv.bias
+        else:
+            raise ValueError(f"{self.name}: a {type(self.conv).__name__} cannot be merged, only an nn.Conv2d")
         scale = None
         if self.bn is not None:
             scale, bias = module_affine(self.bn, bias)
@@ -68,10 +83,12 @@ class ConvBN:
         return self.bn is not None and uses_batch_statistics(self.bn)
 
     def is_plain(self) -> bool:
-        """Whether calling the modules does nothing but their formula: exact types and no hooks."""
-        conv_ok = self.conv is None or (isinstance(self.conv, nn.Conv2d) and not has_hooks(self.conv))
-        bn_ok = self.bn is None or (isinstance(self.bn, _BatchNorm) and not has_hooks(self.bn))
-        return conv_ok and bn_ok and getattr(self.conv, "padding_mode", "zeros") == "zeros"
+        """Whether calling the modules does nothing but their formula (:func:`is_plain`)."""
+        holds = [m for m in (self.conv, self.bn) if m is not None]
+        if self.pair is not None and not (is_plain(self.pair) and list(self.pair.children()) == holds):
+            return False
+        known = isinstance(self.conv, nn.Conv2d | None) and isinstance(self.bn, _BatchNorm | None)
+        return known and all(is_plain(m) for m in holds)
 
 
 def uses_batch_statistics(bn: nn.Module) -> bool:
@@ -79,23 +96,88 @@ def uses_batch_statistics(bn: nn.Module) -> bool:
     return bn.training or getattr(bn, "running_mean", None) is None
 
 
+# Modules whose call is their formula and nothing else. Their subclasses are not: quantisation-aware layers
+# round the weight, other libraries' batch norms apply an activation.
+_PLAIN_TYPES: tuple[type[nn.Module], ...] = (
+    nn.Conv2d,
+    DepthwiseConv2d,
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    nn.Identity,
+    nn.AvgPool2d,
+    nn.Sequential,
+    nn.ModuleList,
+)
+
+
+def is_plain(module: nn.Module, types: tuple[type[nn.Module], ...] = ()) -> bool:
+    """Whether computing from the module's parameters skips nothing that calling it would do.
+
+    True for the exact types of convolutions (padded by zeros), batch norms and containers, and for those in
+    ``types``, unless a hook or a ``forward`` of its own is set on the module. All others are to be called.
+    """
+    exact = _hooks.is_plain(module, *_PLAIN_TYPES, *types)
+    return exact and getattr(module, "padding_mode", "zeros") == "zeros"
+
+
 def _traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad_active()
 
 
 def _sync_group(parts: Sequence[ConvBN]) -> tuple[bool, dist.ProcessGroup | None]:
     """Whether all batch norms share statistics between processes, and in which group."""
     first = parts[0].bn
-    if not isinstance(first, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+    # As SyncBatchNorm itself: never in evaluation mode, in which perhaps one process alone runs.
+    shares = isinstance(first, nn.SyncBatchNorm) and first.training
+    if not shares or not (dist.is_available() and dist.is_initialized()):
         return False, None
     group = first.process_group or dist.group.WORLD
     return dist.get_world_size(group) > 1, group
 
 
 def _same_kind(parts: Sequence[ConvBN]) -> bool:
-    """Batch norms of one type (and process group); convolutions without bias: what the fused path takes."""
-    kinds = {(type(p.bn), getattr(p.bn, "process_group", None)) for p in parts}
+    """Batch norms of one type, mode (and process group); convolutions without bias: what the fused path
+    takes."""
+    kinds = {(type(p.bn), p.bn.training, getattr(p.bn, "process_group", None)) for p in parts}
     return len(kinds) == 1 and all(p.conv is None or p.conv.bias is None for p in parts)
+
+
+def _situation(
+    input: Tensor,
+    parts: Sequence[ConvBN],
+    target: Geometry,
+    out_channels: int,
+    synchronised: bool,
+    preferred: str | None,
+) -> Situation:
+    batch_statistics = tuple(p.uses_batch_statistics() for p in parts)
+    plain = all(p.is_plain() for p in parts)
+    found = Situation(
+        plain=plain and _same_kind(parts) if any(batch_statistics) else plain,
+        batch_statistics=batch_statistics,
+        # Processes that share statistics must run the same collectives, also one whose batch is empty.
+        depthwise=is_depthwise(input.shape[1], out_channels, target.groups)
+        and (synchronised or input.numel() > 0),
+        cropped=any(p.crop != (0, 0) for p in parts),
+        traced=_traced(),
+        synchronised=synchronised,
+    )
+    if preferred or synchronised or plan(found).path != "fused":
+        return found  # no matter what it costs
+    return replace(found, in_place=_taps_in_place(input, parts, target, out_channels))
+
+
+def _taps_in_place(
+    input: Tensor, parts: Sequence[ConvBN], target: Geometry, out_channels: int
+) -> tuple[int, ...] | None:
+    """Taps of the kernels that the fused kernels of the CPU would sum in place, None on other backends."""
+    dtype = autocast_dtype(input) or input.dtype
+    if input.device.type != "cpu" or backends.namespace(input.device, dtype) != "lkconv":
+        return None
+    geometries = [None if p.conv is None else p.geometry(target) for p in parts]
+    how = normalised_branches.arrange(input, geometries, out_channels, dtype)
+    kernels = () if how is None else how.kernels
+    return tuple(math.prod(g.kernel_size) for b in kernels if (g := geometries[b]) is not None)
 
 
 def run_branches(input: Tensor, parts: Sequence[ConvBN], target: Geometry, out_channels: int) -> Tensor:
@@ -117,21 +199,9 @@ def run_branches(input: Tensor, parts: Sequence[ConvBN], target: Geometry, out_c
             a single value per channel.
         RuntimeError: in a double backward through statistics shared between processes.
     """
-    batch_statistics = tuple(p.uses_batch_statistics() for p in parts)
-    plain = all(p.is_plain() for p in parts)
-    fusable = plain and _same_kind(parts) if any(batch_statistics) else plain
     synchronised, group = _sync_group(parts)
-    chosen = plan(
-        Situation(
-            plain=fusable,
-            batch_statistics=batch_statistics,
-            depthwise=is_depthwise(input.shape[1], out_channels, target.groups) and input.numel() > 0,
-            cropped=any(p.crop != (0, 0) for p in parts),
-            traced=_traced(),
-            synchronised=synchronised,
-        ),
-        preferred_path(),
-    )
+    preferred = preferred_path()
+    chosen = plan(_situation(input, parts, target, out_channels, synchronised, preferred), preferred)
     if chosen.path == "merged":
         return run_merged(
             input, [p.linear(target, input.shape[1], input) for p in parts], target, out_channels

@@ -60,6 +60,7 @@ class LinearAddBlock(ReparamBlock):
     """
 
     merged_name = "reparam_conv"
+    plain_types = (ScaleLayer,)
 
     def __init__(
         self,
@@ -144,7 +145,10 @@ class LinearAddBlock(ReparamBlock):
     def _forward_training(self, input: Tensor) -> Tensor:
         if self._runs_folded():
             return self._convolve_folded(input)
-        return self.bn(run_merged(input, self._branches(), self._target, self.out_channels))
+        if self._are_plain([name for name in self._training_children() if name != "bn"]):
+            return self.bn(run_merged(input, self._branches(), self._target, self.out_channels))
+        out = self.scale_conv(self.conv(input)) + self.scale_1x1(self.conv_1x1(input))
+        return self.bn(out + self.scale_identity(input) if hasattr(self, "scale_identity") else out)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.relu(self.se(self.linear_forward(input)))

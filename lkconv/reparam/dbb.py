@@ -82,6 +82,7 @@ class DiverseBranchBlock(ReparamBlock):
     """
 
     merged_name = "dbb_reparam"
+    plain_types = (IdentityBasedConv1x1, BNAndPadLayer)
 
     def __init__(
         self,

@@ -81,7 +81,7 @@ class FastViTReparamLargeKernelConv(BranchSumBlock):
 
     def _parts(self) -> list[ConvBN]:
         names = [name for name in self._training_children() if name in self._modules]
-        return [ConvBN(name, getattr(self, name).conv, getattr(self, name).bn) for name in names]
+        return [ConvBN.of(name, getattr(self, name)) for name in names]
 
     def forward(self, input: Tensor) -> Tensor:
         return self.act(self.se(self.linear_forward(input)))
@@ -115,6 +115,7 @@ class RepMixer(ReparamBlock):
 
     merged_name = "reparam_conv"
     deploy_flag = "inference_mode"
+    plain_types = (FastViTMobileOneBlock, LayerScale2d)
 
     def __init__(
         self,
@@ -148,6 +149,8 @@ class RepMixer(ReparamBlock):
         if isinstance(self.layer_scale, LayerScale2d):
             gamma = self.layer_scale.gamma.to(weight.dtype)
             weight, bias = weight * gamma.unsqueeze(-1), bias * gamma.flatten()
+        elif not isinstance(self.layer_scale, nn.Identity):
+            raise ValueError(f"layer_scale: a {type(self.layer_scale).__name__} cannot be merged")
         identity = identity_kernel(self.dim, self.dim, self.kernel_size, weight.device, weight.dtype)
         return identity + weight, bias
 

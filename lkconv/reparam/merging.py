@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from itertools import pairwise
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lkconv.reparam.algebra import fold_batch_norm
 from lkconv.reparam.block import ReparamBlock
-from lkconv.reparam.refconv import RefConv
+from lkconv.reparam.following_norm import fold_norms_after_refconv
 from lkconv.reparam.unireplknet import fold_unireplknet_block, is_unireplknet_block
 
 
@@ -20,9 +17,10 @@ def merge(model: nn.Module, inplace: bool = False) -> nn.Module:
     """A copy of ``model`` whose blocks all hold their merged form.
 
     Every :class:`ReparamBlock` is merged; in UniRepLKNet blocks the norm after the depthwise convolution,
-    GRN's beta, the layer scale and the last batch norm are folded as well; in a Sequential, a batch norm
-    right after a RefConv moves into it. Blocks that already are merged stay as they are. Merge before
-    ``torch.compile``.
+    GRN's beta, the layer scale and the last batch norm are folded as well. A batch norm right after a RefConv
+    moves into it where the ``forward`` that calls both can be traced symbolically and shows that nothing else
+    reads the convolution's output (:mod:`lkconv.reparam.following_norm`); elsewhere both stay. Blocks that
+    already are merged stay as they are. Merge before ``torch.compile``.
 
     Args:
         model: any module, in evaluation mode. inplace: change ``model`` itself and return it.
@@ -53,20 +51,5 @@ def merge(model: nn.Module, inplace: bool = False) -> nn.Module:
     for module in modules:
         if is_unireplknet_block(module):
             fold_unireplknet_block(module)
-        elif isinstance(module, nn.Sequential):
-            _fold_norms_after_refconv(module)
+    fold_norms_after_refconv(model)
     return model
-
-
-@torch.no_grad()
-def _fold_norms_after_refconv(sequence: nn.Sequential) -> None:
-    names = list(sequence._modules)
-    for name, following in pairwise(names):
-        block, bn = sequence._modules[name], sequence._modules[following]
-        if isinstance(block, RefConv) and isinstance(bn, _BatchNorm) and bn.running_mean is not None:
-            layer = block.reparam_conv
-            dtype, trainable = layer.weight.dtype, layer.weight.requires_grad
-            weight, bias = fold_batch_norm(layer.weight, layer.bias, bn)
-            layer.weight = nn.Parameter(weight.to(dtype), trainable)
-            layer.bias = nn.Parameter(bias.to(dtype), trainable)
-            sequence._modules[following] = nn.Identity()

@@ -38,9 +38,9 @@ class _MobileOneBody(BranchSumBlock):
 
     def _parts(self) -> list[ConvBN]:
         kxk, scale, skip = (getattr(self, name) for name in self._training_children())
-        parts = [ConvBN(f"{self.kxk_name}.{i}", pair.conv, pair.bn) for i, pair in enumerate(kxk or [])]
+        parts = [ConvBN.of(f"{self.kxk_name}.{i}", pair) for i, pair in enumerate(kxk or [])]
         if scale is not None:
-            parts.append(ConvBN(self.scale_name, scale.conv, scale.bn))
+            parts.append(ConvBN.of(self.scale_name, scale))
         if skip is not None:
             parts.append(ConvBN(self.skip_name, None, skip))
         return parts

@@ -49,15 +49,24 @@ class Arrangement:
         return getattr(torch.ops, self.namespace)
 
 
-def arrange(input: Tensor, geometries: Sequence[Geometry | None], channels: int) -> Arrangement | None:
-    """The arrangement of a sum's branches, or None where these ops do not take it."""
+def arrange(
+    input: Tensor,
+    geometries: Sequence[Geometry | None],
+    channels: int,
+    dtype: torch.dtype | None = None,
+) -> Arrangement | None:
+    """The arrangement of a sum's branches, or None where these ops do not take it. ``dtype``: in which the
+    input will be read, if not its own."""
+    dtype = dtype or input.dtype
     convolutions = [(b, g) for b, g in enumerate(geometries) if g is not None]
     identity = tuple(b for b, g in enumerate(geometries) if g is None)
     strided = any(g.stride != (1, 1) for _, g in convolutions)
-    namespace = backends.namespace(input.device, input.dtype, "normalised_branches")
+    namespace = backends.namespace(input.device, dtype, "normalised_branches")
     if namespace is None or strided or channels != input.shape[1] or len(identity) > 1 or input.dim() != 4:
         return None
-    apart = tuple(b for b, g in convolutions if not _in_place(namespace, input, g))
+    if input.numel() == 0:
+        return None
+    apart = tuple(b for b, g in convolutions if not _in_place(namespace, input, dtype, g))
     kernels = tuple(b for b, _ in convolutions if b not in apart)
     if not kernels:
         return None
@@ -66,7 +75,7 @@ def arrange(input: Tensor, geometries: Sequence[Geometry | None], channels: int)
     return Arrangement(namespace, kernels, identity, apart, input.shape[0] * height * width)
 
 
-def _in_place(namespace: str, input: Tensor, geometry: Geometry) -> bool:
+def _in_place(namespace: str, input: Tensor, dtype: torch.dtype, geometry: Geometry) -> bool:
     if namespace != "lkconv":
         planner = importlib.import_module("lkconv.triton_kernels.normalised_branches_planner")
         return planner.in_place(geometry.kernel_size)
@@ -76,7 +85,7 @@ def _in_place(namespace: str, input: Tensor, geometry: Geometry) -> bool:
         geometry.kernel_size,
         geometry.padding,
         geometry.dilation,
-        str(input.dtype).removeprefix("torch."),
+        str(dtype).removeprefix("torch."),
         channels_last,
         torch.get_num_threads(),
     )

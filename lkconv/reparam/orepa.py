@@ -45,6 +45,7 @@ class OREPA(ReparamBlock):
             for more than four groups.
         deploy: build the merged form. nonlinear: module applied last.
         single_init: start as the k x k branch alone.
+        weight_only: no batch norm; a call takes no input and returns the kernel, (O, I / groups, k, k).
         init_hyper_para, init_hyper_gamma: the initial weights are scaled by the first (those of the two-layer
             separable branch each by its root), the initial scales by the root of the second.
 
@@ -67,6 +68,7 @@ class OREPA(ReparamBlock):
         deploy: bool = False,
         nonlinear: nn.Module | None = None,
         single_init: bool = False,
+        weight_only: bool = False,
         init_hyper_para: float = 1.0,
         init_hyper_gamma: float = 1.0,
     ) -> None:
@@ -78,15 +80,16 @@ class OREPA(ReparamBlock):
             in_channels, out_channels, Geometry.make(kernel_size, stride, padding, dilation, groups)
         )
         names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-        self._config = config_of(locals(), *names, "internal_channels_1x1_3x3")
-        self.deploy, self.groups = deploy, groups
+        self._config = config_of(locals(), *names, "internal_channels_1x1_3x3", "weight_only")
+        self.deploy, self.groups, self.weight_only = deploy, groups, weight_only
         self.nonlinear = nn.Identity() if nonlinear is None else nonlinear
         if deploy:
             self.orepa_reparam = self._new_merged_layer()
             return
         middle = internal_channels_1x1_3x3 or (in_channels if groups <= 4 else 2 * in_channels)
         self._build(kernel_size, middle)
-        self.bn = batch_norm(out_channels)
+        if not weight_only:
+            self.bn = batch_norm(out_channels)
         self._initialise(init_hyper_para, init_hyper_gamma)
         if single_init:
             self.single_init()
@@ -129,7 +132,7 @@ class OREPA(ReparamBlock):
 
     def _training_children(self) -> list[str]:
         own = [*self._parameters, *self._buffers]
-        return [*own, "bn"]
+        return own if self.weight_only else [*own, "bn"]
 
     def _separable(self) -> Tensor:
         """Depthwise then pointwise as one grouped kernel.
@@ -170,7 +173,10 @@ class OREPA(ReparamBlock):
         return total
 
     def _fold(self) -> tuple[Tensor, Tensor]:
-        return fold_batch_norm(self.weight_gen(), None, self.bn)
+        weight = self.weight_gen()
+        if self.weight_only:
+            return weight, weight.new_zeros(weight.shape[0])
+        return fold_batch_norm(weight, None, self.bn)
 
     def _forward_training(self, input: Tensor) -> Tensor:
         if self._runs_folded():
@@ -179,5 +185,9 @@ class OREPA(ReparamBlock):
         input = autocast_input(input)
         return self.bn(convolve(input, weight.to(input.dtype), None, self._target))
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor | None = None) -> Tensor:
+        if self.weight_only:
+            return self.orepa_reparam.weight if self.is_merged else self.weight_gen()
+        if input is None:
+            raise ValueError("OREPA takes an input unless it was made with weight_only=True")
         return self.nonlinear(self.linear_forward(input))

@@ -64,10 +64,15 @@ class RefConv(ReparamBlock):
 
     def _fold(self) -> tuple[Tensor, Tensor]:
         base, mapping = self.weight, self.convmap
-        dtype = fold_dtype(base, mapping.weight)
+        plain = self._are_plain(["convmap"])
+        # A map that is called computes in its own precision.
+        dtype = fold_dtype(base, mapping.weight) if plain else base.dtype
         with torch.autocast(base.device.type, enabled=False):
             flat = base.to(dtype).reshape(1, -1, *base.shape[2:])
-            delta = F.conv2d(flat, mapping.weight.to(dtype), None, 1, mapping.padding, 1, mapping.groups)
+            if plain:
+                delta = F.conv2d(flat, mapping.weight.to(dtype), None, 1, mapping.padding, 1, mapping.groups)
+            else:
+                delta = mapping(flat)
             weight = base.to(dtype) + delta.reshape(base.shape)
         return weight, weight.new_zeros(weight.shape[0])
 

@@ -62,4 +62,4 @@ class ReparamLargeKernelConv(BranchSumBlock):
 
     def _parts(self) -> list[ConvBN]:
         names = [name for name in self._training_children() if name in self._modules]
-        return [ConvBN(name, getattr(self, name).conv, getattr(self, name).bn) for name in names]
+        return [ConvBN.of(name, getattr(self, name)) for name in names]

@@ -169,8 +169,10 @@ class RepAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # A gradient scaler leaves it to a fused step to do nothing where gradients are not finite.
+        skipped = getattr(self, "found_inf", None)
         moved = [
-            (p, group["lr"] * group["weight_decay"])
+            (p, group["lr"] * group["weight_decay"] * (1 if skipped is None else 1 - skipped.to(p)))
             for group in self.param_groups
             for p in group["params"]
             if p in self.multipliers and p.grad is not None

@@ -1,6 +1,11 @@
-"""RepVGG (https://arxiv.org/abs/2101.03697): 3x3, 1x1 and identity branches, each with batch norm."""
+"""RepVGG (https://arxiv.org/abs/2101.03697): 3x3, 1x1 and identity branches, each with batch norm.
+
+Two classes: the original names, and those of the PyTorch Image Models library.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -71,10 +76,79 @@ class RepVGGBlock(BranchSumBlock):
         return ["rbr_dense", "rbr_1x1", "rbr_identity"]
 
     def _parts(self) -> list[ConvBN]:
-        parts = [ConvBN(n, getattr(self, n).conv, getattr(self, n).bn) for n in ("rbr_dense", "rbr_1x1")]
+        parts = [ConvBN.of(name, getattr(self, name)) for name in ("rbr_dense", "rbr_1x1")]
         if self.rbr_identity is not None:
             parts.append(ConvBN("rbr_identity", None, self.rbr_identity))
         return parts
 
     def forward(self, input: Tensor) -> Tensor:
         return self.nonlinearity(self.se(self.linear_forward(input)))
+
+
+class TimmRepVGGBlock(BranchSumBlock):
+    """``act(attn(bn(conv k x k) + bn(conv 1x1) + bn(x)))`` under the names of timm's ``RepVggBlock``.
+
+    Training form: ``conv_kxk.{conv,bn}``, ``conv_1x1.{conv,bn}`` and ``identity`` (None unless in_chs equals
+    out_chs, the stride is 1 and both dilations agree); merged form: ``reparam_conv``.
+
+    Args:
+        in_chs, out_chs, kernel_size, stride: as ``nn.Conv2d``; kernel_size is odd, padding half the dilated
+            kernel. dilation: of the k x k branch is the first of the pair.
+        group_size: input channels per group; 0 or None for a dense convolution, 1 for a depthwise one.
+        bottle_ratio, downsample: accepted for timm's signature, unused as there.
+        layers: timm's ``LayerFn``; its ``act`` and ``attn`` are used. None: ReLU.
+        drop_block, drop_path_rate: must be None and 0. inference_mode: build the merged form.
+
+    Raises:
+        ValueError: for an even kernel, a drop layer, or groups that do not divide the channels.
+    """
+
+    merged_name = "reparam_conv"
+    deploy_flag = "inference_mode"
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        dilation: tuple[int, int] = (1, 1),
+        bottle_ratio: float = 1.0,
+        group_size: int | None = None,
+        downsample: str = "",
+        layers: Any = None,
+        drop_block: Any = None,
+        drop_path_rate: float = 0.0,
+        inference_mode: bool = False,
+    ) -> None:
+        require(kernel_size % 2 == 1, f"kernel_size must be odd, got {kernel_size}")
+        require(drop_block is None, f"drop_block must be None to merge, got {drop_block!r}")
+        require(drop_path_rate == 0, f"drop_path_rate must be 0 to merge, got {drop_path_rate}")
+        groups = in_chs // group_size if group_size else 1
+        padding = dilation[0] * (kernel_size - 1) // 2
+        super().__init__(in_chs, out_chs, Geometry.make(kernel_size, stride, padding, dilation[0], groups))
+        names = ("in_chs", "out_chs", "kernel_size", "stride", "dilation", "group_size", "layers")
+        self._config = config_of(locals(), *names)
+        self.groups, self.inference_mode = groups, inference_mode
+        if inference_mode:
+            self.reparam_conv = self._new_merged_layer()
+        else:
+            has_identity = in_chs == out_chs and stride == 1 and dilation[0] == dilation[1]
+            self.identity = batch_norm(out_chs) if has_identity else None
+            self.conv_kxk = conv_bn(in_chs, out_chs, self._target)
+            self.conv_1x1 = conv_bn(in_chs, out_chs, Geometry.make(1, stride, groups=groups))
+        attention = getattr(layers, "attn", None)
+        self.attn = nn.Identity() if attention is None else attention(out_chs)
+        self.act = nn.ReLU() if layers is None else layers.act(inplace=True)
+
+    def _training_children(self) -> list[str]:
+        return ["conv_kxk", "conv_1x1", "identity"]
+
+    def _parts(self) -> list[ConvBN]:
+        parts = [ConvBN.of(name, getattr(self, name)) for name in ("conv_kxk", "conv_1x1")]
+        if self.identity is not None:
+            parts.append(ConvBN("identity", None, self.identity))
+        return parts
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.attn(self.linear_forward(input)))

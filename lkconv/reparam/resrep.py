@@ -78,6 +78,7 @@ class ResRepBlock(ReparamBlock):
     """
 
     merged_name = "reparam_conv"
+    plain_types = (CompactorLayer,)
 
     def __init__(
         self,

@@ -13,6 +13,11 @@ from lkconv.reparam.branches import ConvBN, run_branches
 from lkconv.reparam.convolution import make_layer
 from lkconv.reparam.geometry import Geometry
 
+
+def _geometry(height: int, width: int, stride: Any, groups: int) -> Geometry:
+    return Geometry.make((height, width), stride, (height // 2, width // 2), 1, groups)
+
+
 _OFFICIAL_ALIASES = {"Decom1.": "LoRA1.", "Decom2.": "LoRA2."}
 
 
@@ -22,16 +27,18 @@ class SLaKReparamLargeKernelConv(ReparamBlock):
     The square kernel fits into the K x k strip, so the merged form has 2 K k taps (51 and 5: 510), where one
     dense kernel would have K K (2601). Training form: ``LoRA1``, ``LoRA2``, ``small_conv`` with ``{conv,bn}``
     (checkpoints that say ``Decom1``, ``Decom2`` load as well); merged form: ``strip_vertical``,
-    ``strip_horizontal``.
+    ``strip_horizontal``. Without ``Decom`` it is RepLKNet's block: ``lkb_origin`` and ``small_conv``, merged
+    into ``lkb_reparam``.
 
     Args:
         in_channels, out_channels, groups: all equal. kernel_size: K, odd. stride: of all.
-        small_kernel: k, odd; at k = K there is no square branch. small_kernel_merged: build the merged form.
-        Decom: must be True; without strips use :class:`lkconv.reparam.ReparamLargeKernelConv`.
+        small_kernel: k, odd; at k = K there is no square branch. None only without Decom: no small branch.
+        small_kernel_merged: build the merged form. Decom: two strips instead of a K x K kernel.
+        bn: whether every branch has a batch norm.
 
     Raises:
-        ValueError: for an even kernel, a small one that exceeds the large one, Decom False, or groups that do
-            not divide the channels.
+        ValueError: for an even kernel, a small one that exceeds the large one, strips without a small kernel,
+            or groups that do not divide the channels.
     """
 
     merged_name = "strip_vertical"
@@ -44,44 +51,64 @@ class SLaKReparamLargeKernelConv(ReparamBlock):
         kernel_size: int,
         stride: int,
         groups: int,
-        small_kernel: int,
+        small_kernel: int | None,
         small_kernel_merged: bool = False,
-        Decom: bool = True,
+        Decom: bool | None = False,
+        bn: bool = True,
     ) -> None:
-        require(bool(Decom), "Decom must be True; without strips use ReparamLargeKernelConv")
         require(
-            kernel_size % 2 == 1 and small_kernel % 2 == 1 and small_kernel <= kernel_size,
+            kernel_size % 2 == 1
+            and (small_kernel is None or (small_kernel % 2 == 1 and small_kernel <= kernel_size)),
             f"kernels must be odd and small_kernel at most kernel_size, got {kernel_size} and {small_kernel}",
         )
-        large, small = kernel_size, small_kernel
-        common: dict[str, Any] = {"stride": stride, "dilation": 1, "groups": groups}
-        vertical = Geometry.make((large, small), padding=(large // 2, small // 2), **common)
-        super().__init__(in_channels, out_channels, vertical)
-        self._horizontal = Geometry.make((small, large), padding=(small // 2, large // 2), **common)
-        names = ("in_channels", "out_channels", "kernel_size", "stride", "groups", "small_kernel")
-        self._config = config_of(locals(), *names)
-        self.kernel_size, self.small_kernel, self.Decom = kernel_size, small_kernel, True
+        require(
+            not Decom or small_kernel is not None,
+            "small_kernel must be the strips' width with Decom, got None",
+        )
+        width: Any = small_kernel if Decom else kernel_size
+        super().__init__(in_channels, out_channels, _geometry(kernel_size, width, stride, groups))
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "groups", "small_kernel", "Decom")
+        self._config = config_of(locals(), *names, "bn")
+        self.kernel_size, self.small_kernel, self.Decom = kernel_size, small_kernel, bool(Decom)
         self.small_kernel_merged = small_kernel_merged
+        if Decom:
+            self._horizontal = _geometry(width, kernel_size, stride, groups)
+        else:
+            self.merged_name = "lkb_reparam"
         if small_kernel_merged:
-            self.strip_vertical = self._new_merged_layer()
+            self._build_merged()
+        else:
+            self._build(stride, bn)
+
+    def _build_merged(self) -> None:
+        setattr(self, self.merged_name, self._new_merged_layer())
+        if self.Decom:
             self.strip_horizontal = self._new_horizontal_layer()
-            return
-        self.LoRA1 = conv_bn(in_channels, out_channels, vertical)
-        self.LoRA2 = conv_bn(in_channels, out_channels, self._horizontal)
-        if small < large:
-            square = Geometry.make(small, stride, small // 2, 1, groups)
-            self.small_conv = conv_bn(in_channels, out_channels, square)
+
+    def _build(self, stride: int, bn: bool) -> None:
+        channels, groups = (self.in_channels, self.out_channels), self._target.groups
+        if self.Decom:
+            self.LoRA1 = conv_bn(*channels, self._target, norm=bn)
+            self.LoRA2 = conv_bn(*channels, self._horizontal, norm=bn)
+        else:
+            self.lkb_origin = conv_bn(*channels, self._target, norm=bn)
+        small = self.small_kernel
+        if small is not None and small < self.kernel_size:
+            self.small_conv = conv_bn(*channels, _geometry(small, small, stride, groups), norm=bn)
 
     def _new_horizontal_layer(self, **kwargs: Any) -> nn.Conv2d:
         return make_layer(self.in_channels, self.out_channels, self._horizontal, bias=True, **kwargs)
 
     def _training_children(self) -> list[str]:
-        return ["LoRA1", "LoRA2", "small_conv"]
+        return ["LoRA1", "LoRA2", "small_conv"] if self.Decom else ["lkb_origin", "small_conv"]
+
+    def _parts(self) -> dict[str, ConvBN]:
+        names = [name for name in self._training_children() if name in self._modules]
+        return {name: ConvBN.of(name, getattr(self, name)) for name in names}
 
     def _strips(self) -> tuple[list[ConvBN], list[ConvBN]]:
         """Branches of the vertical strip (with the square kernel) and of the horizontal one."""
-        pairs = {n: getattr(self, n) for n in self._training_children() if n in self._modules}
-        parts = {name: ConvBN(name, pair.conv, pair.bn) for name, pair in pairs.items()}
+        parts = self._parts()
         return [parts[n] for n in ("LoRA1", "small_conv") if n in parts], [parts["LoRA2"]]
 
     def _linear(self, parts: list[ConvBN], target: Geometry) -> list[Branch]:
@@ -89,7 +116,12 @@ class SLaKReparamLargeKernelConv(ReparamBlock):
         return [part.linear(target, self.in_channels, like) for part in parts]
 
     def get_equivalent_strips(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """((weight, bias) of the K x k strip, (weight, bias) of the k x K strip); differentiable."""
+        """((weight, bias) of the K x k strip, (weight, bias) of the k x K strip); differentiable.
+
+        Raises:
+            ValueError: without Decom, where there are no strips.
+        """
+        require(self.Decom, "without Decom there are no strips")
         if self.is_merged:
             strips = (self.strip_vertical, self.strip_horizontal)
             return tuple((strip.weight, strip.bias) for strip in strips)  # type: ignore[return-value]
@@ -100,24 +132,26 @@ class SLaKReparamLargeKernelConv(ReparamBlock):
         )
 
     def _fold(self) -> tuple[Tensor, Tensor]:
-        size = (self.kernel_size, self.kernel_size)
-        dense = Geometry(size, self._target.stride, (size[0] // 2, size[1] // 2), groups=self._target.groups)
+        """The dense K x K kernel and bias: the merged form itself without Decom, a view of it with strips."""
+        dense = _geometry(self.kernel_size, self.kernel_size, self._target.stride, self._target.groups)
         if self.is_merged:
-            branches = [
-                Branch(layer.weight, Geometry.of(layer), None, layer.bias, "strip")
-                for layer in (self.strip_vertical, self.strip_horizontal)
-            ]
+            names = (self.merged_name, "strip_horizontal") if self.Decom else (self.merged_name,)
+            layers = [getattr(self, name) for name in names]
+            branches = [Branch(layer.weight, Geometry.of(layer), None, layer.bias) for layer in layers]
         else:
-            branches = self._linear([part for strip in self._strips() for part in strip], dense)
+            branches = self._linear(list(self._parts().values()), dense)
         return merge_kernels(branches, dense, fold_dtype(branches[0].weight, branches[0].scale))
 
     def get_equivalent_kernel_bias(self) -> tuple[Tensor, Tensor]:
-        """The dense K x K kernel and bias, to look at: the merged form keeps two strips instead."""
+        """The dense K x K kernel and bias; with Decom to look at, for the merged form keeps two strips."""
         weight, bias = self._fold()
         return weight.to(self._parameter_dtype()), bias.to(self._parameter_dtype())
 
     @torch.no_grad()
     def _merge(self) -> None:
+        if not self.Decom:
+            super()._merge()
+            return
         trainable = any(p.requires_grad for p in self.parameters())
         folded = self.get_equivalent_strips()
         makers = (self._new_merged_layer, self._new_horizontal_layer)
@@ -134,8 +168,13 @@ class SLaKReparamLargeKernelConv(ReparamBlock):
         self.small_kernel_merged = True
 
     def linear_forward(self, input: Tensor) -> Tensor:
-        if self.is_merged:
+        if self.is_merged and self.Decom:
             return self.strip_vertical(input) + self.strip_horizontal(input)
+        return super().linear_forward(input)
+
+    def _forward_training(self, input: Tensor) -> Tensor:
+        if not self.Decom:
+            return run_branches(input, list(self._parts().values()), self._target, self.out_channels)
         vertical, horizontal = self._strips()
         return run_branches(input, vertical, self._target, self.out_channels) + run_branches(
             input, horizontal, self._horizontal, self.out_channels

@@ -41,7 +41,8 @@ class DilatedReparamBlock(BranchSumBlock):
     Shapes: (N, C, H, W) to the same.
 
     Raises:
-        ValueError: for a kernel size without default branches, or a branch that does not fit into it.
+        ValueError: for a kernel size without default branches or an even one, a branch that does not fit
+            into it, or one given twice.
     """
 
     merged_name = "lk_origin"
@@ -61,16 +62,22 @@ class DilatedReparamBlock(BranchSumBlock):
                 f"kernel_size must be one of {sorted(DILATED_BRANCHES)} without branches, got {kernel_size}",
             )
             branches = DILATED_BRANCHES[kernel_size]
+        branches = tuple((int(k), int(r)) for k, r in branches)
+        require(
+            kernel_size % 2 == 1,
+            f"branch lk_origin: kernel_size must be odd to keep the map's size, got {kernel_size}",
+        )
+        require(len({*branches}) == len(branches), f"branches must differ from each other, got {branches}")
         target = Geometry.make(kernel_size, 1, kernel_size // 2, 1, channels)
         super().__init__(channels, channels, target)
-        self._config = {"channels": channels, "kernel_size": kernel_size, "branches": tuple(branches)}
+        self._config = {"channels": channels, "kernel_size": kernel_size, "branches": branches}
         self.deploy = deploy
         self.attempt_use_lk_impl = attempt_use_lk_impl
         self.kernel_sizes = [k for k, _ in branches]
         self.dilates = [r for _, r in branches]
         for k, r in branches:
             require(
-                k % 2 == 1 and r * (k - 1) + 1 <= kernel_size,
+                k % 2 == 1 and r > 0 and r * (k - 1) + 1 <= kernel_size,
                 f"branch (kernel {k}, dilation {r}) must be odd and span at most kernel_size {kernel_size}",
             )
         self.lk_origin = make_layer(channels, channels, target, bias=deploy)
