@@ -210,15 +210,39 @@ TOEPLITZ = (same((3, 1, 40, 40), (7, 7)), "bf16", "toeplitz")
 MUTANTS = {
     "direct: no barrier between staging and computing": (
         "direct.cuh",
-        "p.by_channels, p.input_lanes);\n        sync_block();",
-        "p.by_channels, p.input_lanes);",
+        "stage_window<T>(window, p, t, chunk, n, 0);\n    sync_block();",
+        "stage_window<T>(window, p, t, chunk, n, 0);",
         (same((1, 2, 12, 12), (5, 5)), "forward", "f32", "direct"),
+    ),
+    "direct, any width: no barrier between staging and computing": (
+        "direct.cuh",
+        "stage_window<T>(window, p, t, chunk, n, j);\n          sync_block();",
+        "stage_window<T>(window, p, t, chunk, n, j);",
+        (same((1, 2, 12, 12), (9, 9)), "forward", "f32", "direct"),
     ),
     "direct: no barrier before outputs take the window's place": (
         "direct.cuh",
-        "sync_block();  // the window is read no more",
-        "// the window is read no more",
-        (same((1, 2, 12, 12), (5, 5)), "forward", "f32", "direct"),
+        "sync_block();  // the window is read no more: outputs take its place",
+        "",
+        (same((1, 2, 13, 13), (9, 9)), "forward", "f32", "direct"),
+    ),
+    "direct: the next image takes a window in use": (
+        "direct.cuh",
+        "sync_block();  // the window is read no more, and outputs are complete",
+        "",
+        (same((64, 1, 32, 32), (5, 5)), "forward", "f32", "direct"),
+    ),
+    "direct: a column of zeros missing beside the image": (
+        "tile_io.cuh",
+        "for (; c % 4 != 0 && c < s.cols; ++c)",
+        "for (; c % 4 != 0 && c + 1 < s.cols; ++c)",
+        (same((1, 2, 13, 13), (5, 5)), "forward", "f32", "direct"),
+    ),
+    "direct: 32-bit steps down the rows": (
+        "tile_io.cuh",
+        "advance = w.step * src.stride_h, advance_to",
+        "advance = int(unsigned(w.step) * unsigned(src.stride_h)), advance_to",
+        (Case((2, 1, 40, 32), (5, 5), (2, 2), layout="far_rows"), "forward", "f32", "direct"),
     ),
     "direct: halo one row short": (
         "direct.cuh",
@@ -234,8 +258,8 @@ MUTANTS = {
     ),
     "toeplitz: no barrier between copies and products": (
         "toeplitz.cuh",
-        "source);\n    sync_block();",
-        "source);",
+        "source, p.walk);\n    sync_block();",
+        "source, p.walk);",
         (TOEPLITZ[0], "forward", *TOEPLITZ[1:]),
     ),
     "toeplitz: the next copies overwrite a stage in use": (
@@ -257,15 +281,15 @@ MUTANTS = {
         (same((1, 1, 600, 16), (5, 5)), "forward", *TOEPLITZ[1:]),
     ),
     "toeplitz: 32-bit offsets of rows": (
-        "toeplitz_window.cuh",
+        "tile_io.cuh",
         "int64_t(src.row0 + row) * src.stride_h",
         "int(unsigned(src.row0 + row) * unsigned(src.stride_h))",
         (Case((2, 1, 10, 12), (5, 5), (2, 2), layout="far_rows"), "forward", *TOEPLITZ[1:]),
     ),
     "direct: 32-bit offsets of output images": (
-        "tile_io.cuh",
-        "static_cast<T*>(view.data) + n * view.stride_n",
-        "static_cast<T*>(view.data) + int(unsigned(n) * unsigned(view.stride_n))",
+        "direct.cuh",
+        "T* out = static_cast<T*>(to.data) + n * to.stride_n",
+        "T* out = static_cast<T*>(to.data) + int(unsigned(n) * unsigned(to.stride_n))",
         (Case((3, 1, 6, 8), (3, 3), (1, 1), layout="far_images"), "forward", "f32", "direct"),
     ),
     "toeplitz: band one tap off": (

@@ -54,7 +54,7 @@ py::dict to_dict(const Candidate<ForwardPlan>& c) {
       numbers(direct ? std::vector<int64_t>{p.width_class} : std::vector<int64_t>{p.m_tiles, p.n_tiles});
   d["image_major"] = !direct && p.toeplitz.image_major != 0;
   d["packs"] = int(p.pack_input) + int(p.pack_output);
-  d["tiles_per_block"] = direct ? 1 : p.toeplitz.tiles_per_block;
+  d["tiles_per_block"] = direct ? p.direct.images_per_block : p.toeplitz.tiles_per_block;
   d["splits"] = 1;
   d["workspace_slots"] = 0;
   return d;

@@ -13,6 +13,29 @@ struct GlobalView {
   int64_t stride_n, stride_c, stride_h, stride_w;
 };
 
+// A divisor known before the launch. A division by it is a multiplication and a shift, where one by any other
+// number is some 25 instructions: see divided_by in tile_io.cuh.
+struct LaunchDivisor {
+  uint32_t multiplier;
+  int divisor, shift;
+};
+
+// For d from 1 to 2^30.
+inline LaunchDivisor divisor_of(int64_t d) {
+  int shift = 0;
+  while ((int64_t(1) << shift) < d) ++shift;
+  const uint64_t multiplier = (uint64_t((int64_t(1) << shift) - d) << 32) / uint64_t(d) + 1;
+  return {uint32_t(multiplier), int(d), shift};
+}
+
+// How the threads of a block share out the vectors of a window's rows: `lanes` threads take a row, and each
+// keeps its column.
+struct WindowWalk {
+  LaunchDivisor by_lanes, by_rows;  // threads of a row; most rows of an image
+  int step, step_images;            // rows that all threads take together, and whole images of rows
+  int vector_bytes;                 // of one copy: 16, 8, 4, or 2 for plain loads
+};
+
 // ---- direct ----
 
 constexpr int kStrip = 8;            // outputs of one row per thread
@@ -23,14 +46,27 @@ struct DirectForwardParams {
   int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   int channel_div, channel_mul, reduce;
   GlobalView input, weight, output, bias;  // weight: (channel, u, v); bias: by stride_c, or null
-  // the tile
-  int tile_channels, tile_h, tile_w, tiles_y, tiles_x, channel_groups;
-  int chunk_h, chunk_w;                        // taps staged at a time: all of them but for enormous kernels
-  int strips;                                  // threads per row: ceil(tile_w / kStrip)
-  int row_pitch, plane_pitch;                  // of the window in shared memory
-  int window_offset;                           // in elements: the window follows the weights
+  // the tile; a block walks over several images of it
+  int tile_channels, tile_h, tile_w, tiles_y, tiles_x, channel_groups, images_per_block, image_groups;
+  int chunk_h, chunk_w, weight_pitch;  // taps staged at a time: all of them but for enormous kernels
+  int strips, row_groups;              // threads per row: ceil(tile_w / kStrip); and per column
+  int planes;                          // of the window: neighbouring outputs may share an input channel
+  int align, row_pitch,
+      plane_pitch;  // of the window in shared memory; its first column is a multiple of align
+  int window_offset, output_offset;            // in elements: the window follows the weights, and outputs it
+  int one_chunk;                               // holds all taps of all products: the weights stay
   int by_channels, input_lanes, output_lanes;  // how to stage: see tile_io.cuh
+  int store_bytes;  // of one store from registers: 16, 8, or 0: through shared memory
+  WindowWalk walk;
+  LaunchDivisor by_strips, by_row_groups, by_tiles_x, by_tiles_y, by_channel_groups, by_image_groups,
+      by_channel_div;
+  LaunchDivisor by_weight_pitch, by_chunk_h, by_dil_h;
 };
+
+// Output rows of one thread in the kernels of a fixed width: their windows overlap, so that 5 rows of inputs
+// serve 3 rows of a 3x3 kernel. Odd, so that neighbouring threads' rows meet different banks.
+constexpr int kFixedRows = 3;
+constexpr int kFixedThreads = kDirectThreads / 2;  // each computes two strips, one after the other
 
 // Kernel widths that have their own instantiation; others take kAnyWidth, or kStrided when a stride or
 // dilation along the row is not 1.
@@ -48,10 +84,13 @@ struct DirectWeightParams {
   int chunks_h, chunks_w;
   int row_workers;  // threads per tap group
   int splits, tiles_per_split;
-  int row_pitch, plane_pitch;  // of the input window
-  int grad_pitch, grad_plane;  // of grad_output's tile
-  int grad_offset;             // in elements: grad_output follows the window
+  int align, row_pitch, plane_pitch;  // of the input window
+  int grad_pitch, grad_plane;         // of grad_output's tile
+  int grad_offset;                    // in elements: grad_output follows the window
   int by_channels, input_lanes, output_lanes;
+  WindowWalk walk, grad_walk;
+  LaunchDivisor by_splits, by_chunks, by_chunks_w, by_tiles_x, by_tiles_y, by_channel_div;
+  LaunchDivisor by_chunk_groups, by_chunk_rows, by_row_workers, by_rows, by_last_rows;
 };
 
 struct ReduceSplitsParams {
@@ -77,11 +116,17 @@ struct ToeplitzForwardParams {
   int tile_images, tile_h, tiles_n, tiles_y, tiles_x;
   int tiles_per_block, blocks_per_channel;
   int image_major;  // M runs over images first (rows of one M tile share y), else over y first
+  int store_pairs;  // neighbouring columns of the output may be stored as one: rows are even and aligned
   int input_rows;   // most rows of a window
   int window_cols;  // most columns of a window
-  int row_pitch, image_pitch, vector_bytes;
+  int row_pitch, image_pitch;
+  WindowWalk walk;
   int band_pitch;                              // elements of one padded kernel row
   int zero_offset, stage_offset, stage_bytes;  // shared memory, in bytes
+  LaunchDivisor by_tiles_x, by_blocks_per_channel, by_tiles_y, by_reduce, by_channel_div, by_dil_h;
+  LaunchDivisor by_images, by_rows,
+      by_last_rows;        // tile_images; rows of a tile, and of the last one of an image
+  LaunchDivisor by_warps;  // of a block
 };
 
 constexpr int kToeplitzWeightThreads = 512;
@@ -96,10 +141,13 @@ struct ToeplitzWeightParams {
   int splits, tiles_per_split;
   int row_groups, row_chunks;  // warps per block that own different kernel rows; chunks of kernel rows
   int workers;                 // warps that own the same rows and share the depth
-  int first_diagonal, diagonal_chunks;       // block diagonal d holds s - x in [8 d - 7, 8 d + 15]
-  int row_pitch, image_pitch, vector_bytes;  // of the input window
-  int grad_pitch, grad_image_pitch, grad_vector_bytes;
+  int first_diagonal, diagonal_chunks;      // block diagonal d holds s - x in [8 d - 7, 8 d + 15]
+  int window_cols, row_pitch, image_pitch;  // of the input window
+  int grad_pitch, grad_image_pitch;
+  WindowWalk walk, grad_walk;
   int table_offset, zero_offset, stage_offset, grad_offset, stage_bytes;  // shared memory, in bytes
+  LaunchDivisor by_splits, by_diagonal_chunks, by_row_chunks, by_tiles_x, by_tiles_y, by_channel_div;
+  LaunchDivisor by_row_groups, by_rows, by_last_rows;  // rows of a tile, and of the last one of an image
 };
 
 // ---- pack ----
@@ -111,6 +159,8 @@ struct PackParams {
   GlobalView from, to;
   int from_channels_fast, to_channels_fast;  // which index consecutive threads should take
   int channel_tiles, pixel_tiles;
+  int few_pixels;  // an image's pixels can be counted in 31 bits
+  LaunchDivisor by_channel_tiles, by_pixel_tiles, by_width;
 };
 
 // ---- merge ----

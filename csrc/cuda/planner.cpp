@@ -76,14 +76,14 @@ std::string toeplitz_declines(const Geometry& g, DType dtype, const Switches& s)
 
 std::vector<Candidate<ForwardPlan>> plan_forward(const ForwardProblem& f, DType dtype, const Layout& input,
                                                  const Layout& output, const Switches& s, const Machine& m) {
-  return in_order(plan_direct_forward(f, dtype, input, m),
+  return in_order(plan_direct_forward(f, dtype, input, output, m),
                   plan_toeplitz_forward(f, dtype, input, output, s, m), s);
 }
 
 std::vector<Candidate<WeightPlan>> plan_weight(const WeightProblem& w, DType dtype, const Layout& input,
                                                const Layout& grad_output, const Switches& s,
                                                const Machine& m) {
-  return in_order(plan_direct_weight(w, dtype, input, m),
+  return in_order(plan_direct_weight(w, dtype, input, grad_output, m),
                   plan_toeplitz_weight(w, dtype, input, grad_output, s, m), s);
 }
 

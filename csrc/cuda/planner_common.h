@@ -14,13 +14,35 @@ constexpr double kMultiplyAddsPerCycle = 75;  // of 128, what a register-tiled d
 constexpr double kStridedPerCycle = 20;       // one shared load per multiply-add
 constexpr double kMmaCycles = 1.6 / 0.65;  // per m16n8k16 (tf32: m16n8k8) and SM, at 65% of the mma.sync rate
 constexpr double kSharedCycles = 1.0 / 0.8;  // per 128 bytes from shared memory
-constexpr double kStageCycles = 12.0 / 128;  // per element staged by plain loads: a dozen instructions
+// Counted from machine code (docs/performance.md), in instructions of a thread; an SM issues 128 of them a
+// cycle.
+constexpr double kIssuedPerCycle = 128;
+constexpr double kCopyInstructions = 11;  // a copy to shared memory, conversion of up to 4 elements included
+constexpr double kConvertInstructions = 2.8;   // an element of wider ones
+constexpr double kByChannelInstructions = 52;  // an element that is staged by channels
+constexpr double kTileInstructions = 600;  // of every thread, to find and to end a tile of the direct kernels
+constexpr double kStripInstructions = 100;  // beside the products of a strip of several rows
+
+// Cycles of staging one element by copies of `bytes`.
+inline double stage_cycles(int bytes, bool by_channels, DType dtype) {
+  if (by_channels) return kByChannelInstructions / kIssuedPerCycle;
+  return std::max(kConvertInstructions, kCopyInstructions * double(dtype_size(dtype)) / bytes) /
+         kIssuedPerCycle;
+}
 
 inline int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
 // Even parts no larger than `limit`.
 inline int64_t even_part(int64_t size, int64_t limit) {
   return ceil_div(size, ceil_div(std::max<int64_t>(size, 1), std::max<int64_t>(1, limit)));
 }
+// Of a window of `cols` columns and up to `rows` rows an image.
+inline WindowWalk window_walk(int64_t cols, int64_t rows, int64_t threads, int vector_bytes, DType dtype) {
+  const int64_t vectors = ceil_div(cols * dtype_size(dtype), vector_bytes);
+  const int64_t lanes = std::clamp<int64_t>(vectors, 1, threads), step = threads / lanes;
+  rows = std::max<int64_t>(1, rows);
+  return {divisor_of(lanes), divisor_of(rows), int(step), int(step / rows), vector_bytes};
+}
+
 inline int power_of_two_at_least(int64_t n, int limit) {
   int p = 1;
   while (p < n && p < limit) p *= 2;
@@ -52,11 +74,11 @@ void fill_geometry(Params& p, const Geometry& g) {
 }
 
 Candidate<ForwardPlan> plan_direct_forward(const ForwardProblem& f, DType dtype, const Layout& input,
-                                           const Machine& m);
+                                           const Layout& output, const Machine& m);
 Candidate<ForwardPlan> plan_toeplitz_forward(const ForwardProblem& f, DType dtype, const Layout& input,
                                              const Layout& output, const Switches& s, const Machine& m);
 Candidate<WeightPlan> plan_direct_weight(const WeightProblem& w, DType dtype, const Layout& input,
-                                         const Machine& m);
+                                         const Layout& grad_output, const Machine& m);
 Candidate<WeightPlan> plan_toeplitz_weight(const WeightProblem& w, DType dtype, const Layout& input,
                                            const Layout& grad_output, const Switches& s, const Machine& m);
 

@@ -77,8 +77,17 @@ struct ForwardCost {
   double cycles, mmas;
 };
 
+// Instructions of a thread, counted from machine code (docs/performance.md): once a tile, and for each k tile
+// of a kernel row.
+double tile_instructions(int64_t m_tiles, int64_t n_tiles) {
+  return m_tiles == 1 ? (n_tiles == 2 ? 550 : 650) : (n_tiles == 2 ? 1010 : 1290);
+}
+double step_instructions(int64_t m_tiles, int64_t n_tiles) {
+  return m_tiles == 1 ? (n_tiles == 2 ? 18 : 28) : (n_tiles == 2 ? 50 : 68);
+}
+
 ForwardCost forward_cost(const ForwardProblem& f, const ForwardTile& t, DType dtype, int64_t m_tiles,
-                         int64_t n_tiles) {
+                         int64_t n_tiles, int copy_bytes) {
   ColumnWork columns{0, 0};
   for (int64_t x0 = 0; x0 < f.out_width; x0 += n_tiles * kTileCols) {
     const ColumnWork w = column_work(f, x0, n_tiles, depth_of(dtype));
@@ -91,7 +100,15 @@ ForwardCost forward_cost(const ForwardProblem& f, const ForwardTile& t, DType dt
   // ldmatrix moves 512 bytes per M tile and k tile, the band 128 bytes per n tile and warp.
   const double loads =
       repeats * double(steps) * double(columns.k_tiles) * (4 + double(n_tiles + 1) / double(m_tiles));
-  return {std::max(mmas * kMmaCycles, loads * kSharedCycles), mmas};
+  const double tiles = double(ceil_div(f.out_height, t.h) * ceil_div(f.out_width, n_tiles * kTileCols));
+  const double warps = double(ceil_div(ceil_div(t.images * t.h, kTileRows), m_tiles));
+  const double copies = double(t.images * f.height * columns.k_tiles * depth_of(dtype) * dtype_size(dtype)) /
+                        copy_bytes * kCopyInstructions;
+  const double issued =
+      repeats * (copies + double(kWarpSize) * (tiles * warps * tile_instructions(m_tiles, n_tiles) +
+                                               double(steps) / double(m_tiles) * double(columns.k_tiles) *
+                                                   step_instructions(m_tiles, n_tiles)));
+  return {std::max({mmas * kMmaCycles, loads * kSharedCycles, issued / kIssuedPerCycle}), mmas};
 }
 
 ForwardTile fit(ToeplitzForwardParams& p, ForwardTile t, const ForwardProblem& f, DType dtype,
@@ -107,6 +124,20 @@ ForwardTile fit(ToeplitzForwardParams& p, ForwardTile t, const ForwardProblem& f
   return t;
 }
 
+void fill_divisors(ToeplitzForwardParams& p, int threads) {
+  p.by_tiles_x = divisor_of(p.tiles_x), p.by_blocks_per_channel = divisor_of(p.blocks_per_channel);
+  p.by_tiles_y = divisor_of(p.tiles_y), p.by_reduce = divisor_of(p.reduce);
+  p.by_channel_div = divisor_of(p.channel_div), p.by_dil_h = divisor_of(p.dil_h);
+  p.by_images = divisor_of(p.tile_images), p.by_rows = divisor_of(p.tile_h);
+  p.by_last_rows = divisor_of(p.out_height - (p.tiles_y - 1) * p.tile_h);
+  p.by_warps = divisor_of(threads / kWarpSize);
+}
+
+// Whether the kernel may store two columns as one: then no row may end between them.
+bool pairs_aligned(const Layout& output, int64_t out_width, DType dtype) {
+  return output.rows_contiguous && out_width % 2 == 0 && output.vector_bytes >= 2 * dtype_size(dtype);
+}
+
 }  // namespace
 
 Candidate<ForwardPlan> plan_toeplitz_forward(const ForwardProblem& f, DType dtype, const Layout& input,
@@ -119,7 +150,6 @@ Candidate<ForwardPlan> plan_toeplitz_forward(const ForwardProblem& f, DType dtyp
   fill_geometry(p, f);
   p.channel_div = int(f.channel_div), p.channel_mul = int(f.channel_mul), p.reduce = int(f.reduce);
   plan.pack_input = !input.rows_contiguous, plan.pack_output = output.channels_fast;
-  p.vector_bytes = vector_bytes(input, plan.pack_input);
   const int64_t n_tiles = f.out_width <= 16 ? 2 : 4;
   p.tiles_x = int(ceil_div(f.out_width, n_tiles * kTileCols));
   for (int64_t x = 0; x < p.tiles_x; ++x)
@@ -143,7 +173,7 @@ Candidate<ForwardPlan> plan_toeplitz_forward(const ForwardProblem& f, DType dtyp
     ForwardTile t = fit(p, start, f, dtype, std::min(m.shared_per_block, m.shared_per_sm / 2 - 1024));
     if (lay_out(p, t, f, dtype) > m.shared_per_block) t = fit(p, start, f, dtype, m.shared_per_block);
     if (lay_out(p, t, f, dtype) > m.shared_per_block) continue;
-    const ForwardCost now = forward_cost(f, t, dtype, m_tiles, n_tiles);
+    const ForwardCost now = forward_cost(f, t, dtype, m_tiles, n_tiles, vector_bytes(input, plan.pack_input));
     if (chosen.images == 0 || now.cycles < cost.cycles) chosen = t, cost = now;
   }
   if (chosen.images == 0) {
@@ -164,6 +194,10 @@ Candidate<ForwardPlan> plan_toeplitz_forward(const ForwardProblem& f, DType dtyp
   plan.launch.threads =
       int(std::min(kMaxForwardWarps, ceil_div(ceil_div(chosen.images * chosen.h, kTileRows), m_tiles)) *
           kWarpSize);
+  fill_divisors(p, plan.launch.threads);
+  p.walk = window_walk(p.window_cols, p.input_rows, plan.launch.threads, vector_bytes(input, plan.pack_input),
+                       dtype);
+  p.store_pairs = plan.pack_output || pairs_aligned(output, f.out_width, dtype);
   const int64_t in = f.batch * f.channels * f.reduce * f.height * f.width,
                 out = f.batch * f.channels * f.out_height * f.out_width;
   double memory = double(in + out) * double(dtype_size(dtype)) / kBytesPerCycle;
@@ -200,6 +234,7 @@ int64_t lay_out(ToeplitzWeightParams& p, const WeightTileChoice& t, const Weight
     if (size == 2) return conflict_free_bytes(cols * size) / size;
     return cols + (40 - cols % 32) % 32;  // the next number that is 8 modulo 32
   };
+  p.window_cols = int(window_cols);
   p.row_pitch = int(pitch(window_cols)), p.grad_pitch = int(pitch(round_up(t.w, kTileCols)));
   p.image_pitch = int(input_rows * p.row_pitch), p.grad_image_pitch = int(t.h * p.grad_pitch);
   p.table_offset = 0;
@@ -209,6 +244,14 @@ int64_t lay_out(ToeplitzWeightParams& p, const WeightTileChoice& t, const Weight
   p.stage_bytes = int(p.grad_offset + t.images * p.grad_image_pitch * size);
   const int64_t sums = warps * diagonals * kTileRows * kTileCols * 4;
   return p.stage_offset + std::max(2 * int64_t(p.stage_bytes), sums);
+}
+
+void fill_divisors(ToeplitzWeightParams& p) {
+  p.by_splits = divisor_of(p.splits), p.by_diagonal_chunks = divisor_of(p.diagonal_chunks);
+  p.by_row_chunks = divisor_of(p.row_chunks), p.by_tiles_x = divisor_of(p.tiles_x);
+  p.by_tiles_y = divisor_of(p.tiles_y), p.by_channel_div = divisor_of(p.channel_div);
+  p.by_row_groups = divisor_of(p.row_groups), p.by_rows = divisor_of(p.tile_h);
+  p.by_last_rows = divisor_of(p.out_height - (p.tiles_y - 1) * p.tile_h);
 }
 
 double weight_mmas(const WeightProblem& w, const ToeplitzWeightParams& p, DType dtype, int64_t diagonals) {
@@ -239,8 +282,6 @@ Candidate<WeightPlan> plan_toeplitz_weight(const WeightProblem& w, DType dtype, 
   fill_geometry(p, w);
   p.channel_div = int(w.channel_div);
   plan.pack_input = !input.rows_contiguous, plan.pack_grad = !grad_output.rows_contiguous;
-  p.vector_bytes = vector_bytes(input, plan.pack_input),
-  p.grad_vector_bytes = vector_bytes(grad_output, plan.pack_grad);
   const auto floor_div = [](int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); };
   const int64_t extent = (w.kernel_w - 1) * w.dil_w;
   p.first_diagonal = int(-floor_div(w.pad_w + kTileRows - 1, kTileCols));
@@ -285,6 +326,11 @@ Candidate<WeightPlan> plan_toeplitz_weight(const WeightProblem& w, DType dtype, 
   plan.slots = int64_t(p.splits) * p.workers * p.diagonal_chunks;
   plan.launch.blocks = owners * p.splits;
   plan.launch.threads = int(warps * kWarpSize);
+  fill_divisors(p);
+  p.walk = window_walk(p.window_cols, p.image_pitch / p.row_pitch, plan.launch.threads,
+                       vector_bytes(input, plan.pack_input), dtype);
+  p.grad_walk = window_walk(std::min(t.w, round_up(w.out_width, kTileCols)), t.h, plan.launch.threads,
+                            vector_bytes(grad_output, plan.pack_grad), dtype);
   const double mmas = weight_mmas(w, p, dtype, p.diagonal_chunks * diagonals) * double(groups * rows_each);
   const int64_t in = w.batch * w.channels * w.height * w.width,
                 out = w.batch * w.channels * w.out_height * w.out_width;

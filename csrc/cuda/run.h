@@ -37,6 +37,9 @@ void copy_view(Executor& e, const TensorView& from, const TensorView& to, int64_
   p.from = global(from), p.to = global(to);
   p.from_channels_fast = from.stride_c == 1, p.to_channels_fast = to.stride_c == 1;
   p.channel_tiles = int(ceil_div(c, kPackTile)), p.pixel_tiles = int(ceil_div(h * w, kPackTile));
+  p.few_pixels = h * w + kPackTile < int64_t(1) << 31;
+  p.by_channel_tiles = divisor_of(p.channel_tiles), p.by_pixel_tiles = divisor_of(p.pixel_tiles);
+  p.by_width = divisor_of(w);
   const LaunchShape shape{n * p.channel_tiles * p.pixel_tiles, kPackThreads,
                           kPackTile * (kPackTile + 1) * dtype_size(from.dtype)};
   e.launch("pack", pack_kernel(from.dtype), shape, p);

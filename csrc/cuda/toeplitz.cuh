@@ -40,21 +40,26 @@ LK_DEVICE float band_value<float>(float value) {
   return round_to_tf32(value);
 }
 
+// A thread keeps its column of the padded rows, and with it its tap, and walks down the kernel's rows.
 template <class T>
 LK_DEVICE void build_band(T* shared, const ToeplitzForwardParams& p, int channel) {
-  const T* data = static_cast<const T*>(p.weight.data);
-  const int rows = p.reduce * p.kernel_h, count = rows * p.band_pitch;
-  const int extent = (p.kernel_w - 1) * p.dil_w;
-  for (int i = int(threadIdx.x); i < count * Band<T>::copies; i += int(blockDim.x)) {
-    const int copy = i / count, k = i - copy * count;
-    const int line = k / p.band_pitch, q = k - line * p.band_pitch - kBandLead + copy;
-    const int j = line / p.kernel_h, u = line - j * p.kernel_h, v = q / p.dil_w;
-    T value{};
-    if (q >= 0 && q <= extent && v * p.dil_w == q)
-      value = band_value(data[(int64_t(channel) * p.channel_mul + j) * p.weight.stride_c +
-                              u * p.weight.stride_h + v * p.weight.stride_w]);
-    shared[i] = value;
-  }
+  const int tid = int(threadIdx.x), lanes = min_int(p.band_pitch, int(blockDim.x));
+  const int step = int(blockDim.x) / lanes, first = tid / lanes;
+  if (first >= step) return;
+  const int64_t down = step * p.weight.stride_h;
+  for (int copy = 0; copy < Band<T>::copies; ++copy)
+    for (int c = tid - first * lanes; c < p.band_pitch; c += lanes) {
+      const int q = c - kBandLead + copy, v = q / p.dil_w;
+      const bool tap = q >= 0 && v < p.kernel_w && v * p.dil_w == q;
+      const T* kernel = static_cast<const T*>(p.weight.data) +
+                        int64_t(channel) * p.channel_mul * p.weight.stride_c + v * p.weight.stride_w;
+      T* to = shared + copy * p.reduce * p.kernel_h * p.band_pitch + c;
+      for (int j = 0; j < p.reduce; ++j) {
+        const T* from = kernel + j * p.weight.stride_c + first * p.weight.stride_h;
+        for (int u = first; u < p.kernel_h; u += step, from += down)
+          to[(j * p.kernel_h + u) * p.band_pitch] = tap ? band_value(*from) : T{};
+      }
+    }
 }
 
 // One tile of a block: outputs and the window they need.
@@ -67,8 +72,9 @@ struct ToeplitzTile {
 template <int NT, int Depth>
 LK_DEVICE ToeplitzTile toeplitz_tile(const ToeplitzForwardParams& p, int index, int tile_x) {
   ToeplitzTile t;
-  t.y0 = index % p.tiles_y * p.tile_h;
-  t.n0 = int64_t(index / p.tiles_y) * p.tile_images;
+  const int tile_n = divided_by(index, p.by_tiles_y);
+  t.y0 = (index - tile_n * p.tiles_y) * p.tile_h;
+  t.n0 = int64_t(tile_n) * p.tile_images;
   t.images = min_int(p.tile_images, int(p.batch - t.n0));
   t.rows = min_int(p.tile_h, p.out_height - t.y0);
   t.x0 = tile_x * NT * kTileCols;
@@ -88,11 +94,12 @@ LK_DEVICE ToeplitzTile toeplitz_tile(const ToeplitzForwardParams& p, int index, 
 template <class T>
 LK_DEVICE void window_of(const ToeplitzForwardParams& p, const ToeplitzTile& t, int channel, int j, int depth,
                          WindowShape& shape, WindowSource& source) {
-  shape = {t.images, t.input_rows, t.k_tiles * depth, p.image_pitch, p.row_pitch, p.vector_bytes};
-  const int64_t plane = int64_t(channel / p.channel_div) * p.channel_mul + j;
+  shape = {t.images, t.input_rows, t.k_tiles * depth, p.image_pitch, p.row_pitch};
+  const int64_t plane = int64_t(divided_by(channel, p.by_channel_div)) * p.channel_mul + j;
   source = {static_cast<const T*>(p.input.data) + t.n0 * p.input.stride_n + plane * p.input.stride_c,
             p.input.stride_n,
             p.input.stride_h,
+            1,
             t.row0,
             t.col0,
             p.width};
@@ -101,9 +108,9 @@ LK_DEVICE void window_of(const ToeplitzForwardParams& p, const ToeplitzTile& t, 
 // Output row `r` of the tile: its image and y; false beyond the tile.
 LK_DEVICE bool tile_row(const ToeplitzForwardParams& p, const ToeplitzTile& t, int r, int& image, int& y) {
   if (p.image_major)
-    y = r / p.tile_images, image = r - y * p.tile_images;
+    y = divided_by(r, p.by_images), image = r - y * p.tile_images;
   else
-    image = r / t.rows, y = r - image * t.rows;
+    image = divided_by(r, t.rows == p.tile_h ? p.by_rows : p.by_last_rows), y = r - image * t.rows;
   return image < t.images && y < t.rows;
 }
 
@@ -114,24 +121,26 @@ struct WarpShare {
 };
 
 LK_DEVICE WarpShare warp_share(const ToeplitzForwardParams& p, const ToeplitzTile& t) {
-  const int warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
+  const int warp = int(threadIdx.x) / kWarp;
   const int rows = p.image_major ? p.tile_images * t.rows : t.images * t.rows;
-  const int tiles = ceil_div_int(rows, kTileRows), each = ceil_div_int(tiles, warps);
+  const int tiles = ceil_div_int(rows, kTileRows), each = ceil_divided_by(tiles, p.by_warps);
   WarpShare s;
   s.first = warp * each;
   s.count = max_int(0, min_int(each, tiles - s.first));
   int y_low = 0, y_high = t.rows - 1;
   if (p.image_major) {
-    y_low = s.first * kTileRows / p.tile_images;
-    y_high = min_int(y_high, ((s.first + s.count) * kTileRows - 1) / p.tile_images);
+    y_low = divided_by(s.first * kTileRows, p.by_images);
+    y_high = min_int(y_high, divided_by((s.first + max_int(1, s.count)) * kTileRows - 1, p.by_images));
   } else if (t.images == 1) {
     y_low = s.first * kTileRows;
     y_high = min_int(y_high, (s.first + s.count) * kTileRows - 1);
   }
   const int top = (t.y0 + y_high) * p.stride_h - p.pad_h;  // input row of tap 0 under the lowest output row
   const int bottom = (t.y0 + y_low) * p.stride_h - p.pad_h;
-  s.u0 = top >= 0 ? 0 : ceil_div_int(-top, p.dil_h);
-  s.u1 = p.height - 1 - bottom < 0 ? 0 : min_int(p.kernel_h, (p.height - 1 - bottom) / p.dil_h + 1);
+  s.u0 = ceil_divided_by(max_int(0, -top), p.by_dil_h);
+  s.u1 = p.height - 1 - bottom < 0
+             ? 0
+             : min_int(p.kernel_h, divided_by(max_int(0, p.height - 1 - bottom), p.by_dil_h) + 1);
   return s;
 }
 
@@ -212,28 +221,35 @@ LK_DEVICE void multiply_window(float (&acc)[MT][NT][4], const ToeplitzForwardPar
   }
 }
 
-template <class T>
-LK_DEVICE void store_pair(T* out, int64_t stride, bool both, float first, float second) {
+// The outputs of one row, `left` columns of it from this lane's first one on. `Pairs`: two as one.
+template <class T, bool Pairs, int NT>
+LK_DEVICE void store_row(T* out, int64_t stride_w, const float (&acc)[NT][4], int h, float bias, int left) {
   struct alignas(2 * sizeof(T)) Pair {
     T v[2];
-  } pair;
-  from_float(first, pair.v[0]);
-  from_float(second, pair.v[1]);
-  if (both && stride == 1 && reinterpret_cast<uintptr_t>(out) % sizeof(Pair) == 0) {
-    *reinterpret_cast<Pair*>(out) = pair;
-    return;
+  };
+  const int64_t apart = kTileCols * stride_w;
+#pragma unroll
+  for (int j = 0; j < NT; ++j, out += Pairs ? kTileCols : apart, left -= kTileCols) {
+    Pair pair;
+    from_float(acc[j][2 * h] + bias, pair.v[0]);
+    from_float(acc[j][2 * h + 1] + bias, pair.v[1]);
+    if constexpr (Pairs) {
+      if (left > 0) *reinterpret_cast<Pair*>(out) = pair;
+    } else {
+      if (left > 0) out[0] = pair.v[0];
+      if (left > 1) out[stride_w] = pair.v[1];
+    }
   }
-  out[0] = pair.v[0];
-  if (both) out[stride] = pair.v[1];
 }
 
-template <class T, int MT, int NT>
+template <class T, bool Pairs, int MT, int NT>
 LK_DEVICE void store_outputs(const float (&acc)[MT][NT][4], const ToeplitzForwardParams& p,
                              const ToeplitzTile& t, const WarpShare& share, int channel) {
-  const int lane = int(threadIdx.x) % kWarp;
+  const int lane = int(threadIdx.x) % kWarp, x = t.x0 + lane % 4 * 2;
   float bias = 0;
   if (p.bias.data) bias = to_float(static_cast<const T*>(p.bias.data)[int64_t(channel) * p.bias.stride_c]);
-  T* plane = static_cast<T*>(p.output.data) + t.n0 * p.output.stride_n + int64_t(channel) * p.output.stride_c;
+  T* plane = static_cast<T*>(p.output.data) + t.n0 * p.output.stride_n +
+             int64_t(channel) * p.output.stride_c + t.y0 * p.output.stride_h + x * p.output.stride_w;
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -241,14 +257,8 @@ LK_DEVICE void store_outputs(const float (&acc)[MT][NT][4], const ToeplitzForwar
       int image, y;
       if (m >= share.count || !tile_row(p, t, (share.first + m) * kTileRows + lane / 4 + 8 * h, image, y))
         continue;
-      T* row = plane + image * p.output.stride_n + int64_t(t.y0 + y) * p.output.stride_h;
-#pragma unroll
-      for (int j = 0; j < NT; ++j) {
-        const int x = t.x0 + j * kTileCols + lane % 4 * 2;
-        if (x < p.out_width)
-          store_pair(row + x * p.output.stride_w, p.output.stride_w, x + 1 < p.out_width,
-                     acc[m][j][2 * h] + bias, acc[m][j][2 * h + 1] + bias);
-      }
+      store_row<T, Pairs, NT>(plane + image * p.output.stride_n + y * p.output.stride_h, p.output.stride_w,
+                              acc[m], h, bias, p.out_width - x);
     }
 }
 
@@ -260,24 +270,23 @@ __global__ void __launch_bounds__(kToeplitzThreads, 2)
   unsigned char* shared = dynamic_shared();
   T* band = reinterpret_cast<T*>(shared) + kBandGuard;
   T* zeros = reinterpret_cast<T*>(shared + p.zero_offset);
-  int64_t b = blockIdx.x;
-  const int tile_x = int(b % p.tiles_x);
-  b /= p.tiles_x;
-  const int first = int(b % p.blocks_per_channel) * p.tiles_per_block,
-            channel = int(b / p.blocks_per_channel);
+  const int block = int(blockIdx.x), column = divided_by(block, p.by_tiles_x);
+  const int tile_x = block - column * p.tiles_x, channel = divided_by(column, p.by_blocks_per_channel);
+  const int first = (column - channel * p.blocks_per_channel) * p.tiles_per_block;
   const int tiles = min_int(p.tiles_per_block, p.tiles_n * p.tiles_y - first), steps = tiles * p.reduce;
   const auto stage = [&](int step) {
     return reinterpret_cast<T*>(shared + p.stage_offset + step % 2 * p.stage_bytes);
   };
   const auto prepare = [&](int step, WindowShape& shape, WindowSource& source) {
-    const ToeplitzTile t = toeplitz_tile<NT, kDepth>(p, first + step / p.reduce, tile_x);
-    window_of<T>(p, t, channel, step % p.reduce, kDepth, shape, source);
+    const int tile = divided_by(step, p.by_reduce);
+    const ToeplitzTile t = toeplitz_tile<NT, kDepth>(p, first + tile, tile_x);
+    window_of<T>(p, t, channel, step - tile * p.reduce, kDepth, shape, source);
     return t;
   };
   WindowShape shape;
   WindowSource source;
   prepare(0, shape, source);
-  issue_window(stage(0), shape, source);
+  issue_window(stage(0), shape, source, p.walk);
   commit_copies();
   build_band(band, p, channel);
   zero_words(zeros, p.stage_offset - p.zero_offset);
@@ -286,20 +295,23 @@ __global__ void __launch_bounds__(kToeplitzThreads, 2)
   for (int step = 0; step < steps; ++step) {
     if (step + 1 < steps) {
       prepare(step + 1, shape, source);
-      issue_window(stage(step + 1), shape, source);
+      issue_window(stage(step + 1), shape, source, p.walk);
     }
     commit_copies();
     const ToeplitzTile t = prepare(step, shape, source);
     wait_copies<1>();
-    round_window(stage(step), shape, source);
+    round_window(stage(step), shape, source, p.walk);
     sync_block();
     const WarpShare share = warp_share(p, t);
     if (share.count > 0) {
-      const T* taps =
-          band + Band<T>::lane_offset(t.corner, band_elements) + step % p.reduce * p.kernel_h * p.band_pitch;
+      const int j = step - divided_by(step, p.by_reduce) * p.reduce;
+      const T* taps = band + Band<T>::lane_offset(t.corner, band_elements) + j * p.kernel_h * p.band_pitch;
       multiply_window<T, MT, NT>(acc, p, t, share, stage(step), taps, int(zeros - stage(step)));
-      if (step % p.reduce == p.reduce - 1) {
-        store_outputs<T, MT, NT>(acc, p, t, share, channel);
+      if (j == p.reduce - 1) {
+        if (p.store_pairs)
+          store_outputs<T, true>(acc, p, t, share, channel);
+        else
+          store_outputs<T, false>(acc, p, t, share, channel);
 #pragma unroll
         for (int m = 0; m < MT; ++m)
 #pragma unroll

@@ -21,10 +21,10 @@ struct ToeplitzWeightTile {
 LK_DEVICE ToeplitzWeightTile toeplitz_weight_tile(const ToeplitzWeightParams& p, int index, int u_first,
                                                   int u_last) {
   ToeplitzWeightTile t;
-  t.x0 = index % p.tiles_x * p.tile_w;
-  index /= p.tiles_x;
-  t.y0 = index % p.tiles_y * p.tile_h;
-  t.n0 = int64_t(index / p.tiles_y) * p.tile_images;
+  const int line = divided_by(index, p.by_tiles_x), tile_n = divided_by(line, p.by_tiles_y);
+  t.x0 = (index - line * p.tiles_x) * p.tile_w;
+  t.y0 = (line - tile_n * p.tiles_y) * p.tile_h;
+  t.n0 = int64_t(tile_n) * p.tile_images;
   t.images = min_int(p.tile_images, int(p.batch - t.n0));
   t.rows = min_int(p.tile_h, p.out_height - t.y0);
   const int cols = min_int(p.tile_w, p.out_width - t.x0);
@@ -92,7 +92,7 @@ struct alignas(16) DepthIndex {
 LK_DEVICE void build_depth_table(DepthIndex* table, const ToeplitzWeightParams& p,
                                  const ToeplitzWeightTile& t, int count, int zeros) {
   for (int r = int(threadIdx.x); r < count; r += int(blockDim.x)) {
-    const int image = r / t.rows, y = r - image * t.rows;
+    const int image = divided_by(r, t.rows == p.tile_h ? p.by_rows : p.by_last_rows), y = r - image * t.rows;
     const bool valid = image < t.images;
     const int top = (t.y0 + y) * p.stride_h - p.pad_h;
     table[r] = {valid ? image * p.grad_image_pitch + y * p.grad_pitch : zeros,
@@ -191,15 +191,13 @@ __global__ void __launch_bounds__(kToeplitzWeightThreads)
   unsigned char* shared = dynamic_shared();
   DepthIndex* table = reinterpret_cast<DepthIndex*>(shared + p.table_offset);
   T* zeros = reinterpret_cast<T*>(shared + p.zero_offset);
-  int64_t b = blockIdx.x;
-  const int split = int(b % p.splits);
-  b /= p.splits;
-  const int chunk = int(b % p.diagonal_chunks);
-  b /= p.diagonal_chunks;
-  const int rows_first = int(b % p.row_chunks) * p.row_groups * UP, channel = int(b / p.row_chunks);
+  const int block = int(blockIdx.x), rest = divided_by(block, p.by_splits);
+  const int split = block - rest * p.splits, owner = divided_by(rest, p.by_diagonal_chunks);
+  const int chunk = rest - owner * p.diagonal_chunks, channel = divided_by(owner, p.by_row_chunks);
+  const int rows_first = (owner - channel * p.row_chunks) * p.row_groups * UP;
   const int rows_last = min_int(rows_first + p.row_groups * UP, p.kernel_h) - 1;
-  const int warp = int(threadIdx.x) / kWarp, worker = warp / p.row_groups;
-  const int u0 = rows_first + warp % p.row_groups * UP, diagonal0 = p.first_diagonal + chunk * ND;
+  const int warp = int(threadIdx.x) / kWarp, worker = divided_by(warp, p.by_row_groups);
+  const int u0 = rows_first + (warp - worker * p.row_groups) * UP, diagonal0 = p.first_diagonal + chunk * ND;
   const int first = split * p.tiles_per_split;
   const int tiles = max_int(0, min_int(p.tiles_per_split, p.tiles_n * p.tiles_y * p.tiles_x - first));
   const int table_rows = ceil_div_int(p.tile_images * p.tile_h, kTileRows) * kTileRows;
@@ -208,28 +206,29 @@ __global__ void __launch_bounds__(kToeplitzWeightThreads)
   WindowSource source[2];
   const auto prepare = [&](int i) {
     const ToeplitzWeightTile t = toeplitz_weight_tile(p, first + i, rows_first, rows_last);
-    shape[0] = {t.images, t.input_rows, t.m_tiles * kTileRows, p.image_pitch, p.row_pitch, p.vector_bytes};
+    shape[0] = {t.images, t.input_rows, t.m_tiles * kTileRows, p.image_pitch, p.row_pitch};
     source[0] = {static_cast<const T*>(p.input.data) + t.n0 * p.input.stride_n +
-                     int64_t(channel / p.channel_div) * p.input.stride_c,
+                     int64_t(divided_by(channel, p.by_channel_div)) * p.input.stride_c,
                  p.input.stride_n,
                  p.input.stride_h,
+                 1,
                  t.row0,
                  t.col0,
                  p.width};
-    shape[1] = {t.images,           t.rows,       t.n_tiles * kTileCols,
-                p.grad_image_pitch, p.grad_pitch, p.grad_vector_bytes};
+    shape[1] = {t.images, t.rows, t.n_tiles * kTileCols, p.grad_image_pitch, p.grad_pitch};
     source[1] = {static_cast<const T*>(p.grad_output.data) + t.n0 * p.grad_output.stride_n +
                      int64_t(channel) * p.grad_output.stride_c,
                  p.grad_output.stride_n,
                  p.grad_output.stride_h,
+                 1,
                  t.y0,
                  t.x0,
                  min_int(p.out_width, t.x0 + p.tile_w)};
     return t;
   };
   const auto issue = [&](int i) {
-    issue_window(reinterpret_cast<T*>(stage(i)), shape[0], source[0]);
-    issue_window(reinterpret_cast<T*>(stage(i) + p.grad_offset), shape[1], source[1]);
+    issue_window(reinterpret_cast<T*>(stage(i)), shape[0], source[0], p.walk);
+    issue_window(reinterpret_cast<T*>(stage(i) + p.grad_offset), shape[1], source[1], p.grad_walk);
   };
   float acc[UP][ND][4] = {};
   zero_words(zeros, p.stage_offset - p.zero_offset);
@@ -243,8 +242,8 @@ __global__ void __launch_bounds__(kToeplitzWeightThreads)
     T* grad = reinterpret_cast<T*>(stage(i) + p.grad_offset);
     build_depth_table(table, p, t, table_rows, int(zeros - grad));
     wait_copies<1>();
-    round_window(window, shape[0], source[0]);
-    round_window(grad, shape[1], source[1]);
+    round_window(window, shape[0], source[0], p.walk);
+    round_window(grad, shape[1], source[1], p.grad_walk);
     sync_block();
     correlate_window<T, ND, UP>(acc, p, t, table, window, grad, int(zeros - window), u0, diagonal0, worker);
     sync_block();  // the next tile overwrites the table, and this stage after it

@@ -16,67 +16,52 @@ struct MatrixUnit<float> {
   static constexpr int depth = 8;
 };
 
-struct WindowShape {
-  int images, rows, cols;      // cols: a multiple of the copies' width
-  int image_pitch, row_pitch;  // in elements
-  int vector_bytes;            // of one copy: 16, 8, 4, or 2 for plain loads
-};
-
-// Where the window's element (0, 0, 0) comes from.
-struct WindowSource {
-  const void* plane;           // channel plane of the first image
-  int64_t stride_n, stride_h;  // the row stride_w is 1
-  int row0, col0, width;       // col0 >= 0; columns at or beyond `width` read as zero
-};
-
-// Calls visit(shared element offset, global element pointer, columns inside the image) for the vectors of the
-// window that this thread moves. A thread meets the same vectors each time.
-template <class T, class Visit>
-LK_DEVICE void for_own_vectors(const WindowShape& s, const WindowSource& src, int vector, Visit visit) {
-  const int per_row = s.cols / vector, count = s.images * s.rows * per_row;
-  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
-    const int line = i / per_row, c = (i - line * per_row) * vector;
-    const int image = line / s.rows, row = line - image * s.rows;
-    const int inside = max_int(0, min_int(vector, src.width - src.col0 - c));
-    const T* from = static_cast<const T*>(src.plane) + image * src.stride_n +
-                    int64_t(src.row0 + row) * src.stride_h + (inside ? src.col0 + c : 0);
-    visit(image * s.image_pitch + row * s.row_pitch + c, from, inside);
-  }
-}
-
-template <class T, int Bytes>
-LK_DEVICE void issue_copies(T* shared, const WindowShape& s, const WindowSource& src) {
-  for_own_vectors<T>(s, src, Bytes / int(sizeof(T)), [&](int at, const T* from, int inside) {
-    copy_async<Bytes>(shared + at, from, inside * int(sizeof(T)));
-  });
-}
-
 // Starts bringing in the window. Two-byte rows (odd widths) are loaded plainly: no asynchronous copy is that
 // small.
 template <class T>
-LK_DEVICE void issue_window(T* shared, const WindowShape& s, const WindowSource& src) {
-  switch (s.vector_bytes) {
+LK_DEVICE void issue_window(T* shared, const WindowShape& s, const WindowSource& src, const WindowWalk& w) {
+  switch (w.vector_bytes) {
     case 16:
-      return issue_copies<T, 16>(shared, s, src);
+      return issue_copies<T, 16>(shared, s, src, w);
     case 8:
-      return issue_copies<T, 8>(shared, s, src);
+      return issue_copies<T, 8>(shared, s, src, w);
     case 4:
-      return issue_copies<T, 4>(shared, s, src);
+      return issue_copies<T, 4>(shared, s, src, w);
     default:
-      for_own_vectors<T>(s, src, 1,
-                         [&](int at, const T* from, int inside) { shared[at] = inside ? *from : T{}; });
+      if constexpr (sizeof(T) == 2) load_vectors<T, 1>(shared, s, src, w);
   }
+}
+
+template <int Vector>
+LK_DEVICE void round_vectors(float* shared, const WindowShape& s, const WindowSource& src,
+                             const WindowWalk& w) {
+  using Floats = Elements<float, Vector>;
+  for_own_columns<float>(shared, s, src, w, 0, Vector, [&](ColumnWalk<float, float> walk) {
+    if (walk.inside == 0) return;
+    for (; walk.to < walk.end; walk.to += walk.advance_to) {
+      Floats& floats = *reinterpret_cast<Floats*>(walk.to);
+      Floats rounded = floats;
+#pragma unroll
+      for (int i = 0; i < Vector; ++i) rounded.v[i] = round_to_tf32(rounded.v[i]);
+      floats = rounded;
+    }
+  });
 }
 
 // float32 only: rounds what this thread brought in to tf32, once, instead of at each use.
 template <class T>
-LK_DEVICE void round_window(T*, const WindowShape&, const WindowSource&) {}
+LK_DEVICE void round_window(T*, const WindowShape&, const WindowSource&, const WindowWalk&) {}
 template <>
-LK_DEVICE void round_window<float>(float* shared, const WindowShape& s, const WindowSource& src) {
-  const int vector = s.vector_bytes / 4;
-  for_own_vectors<float>(s, src, vector, [&](int at, const float*, int) {
-    for (int i = 0; i < vector; ++i) shared[at + i] = round_to_tf32(shared[at + i]);
-  });
+LK_DEVICE void round_window<float>(float* shared, const WindowShape& s, const WindowSource& src,
+                                   const WindowWalk& w) {
+  switch (w.vector_bytes) {
+    case 16:
+      return round_vectors<4>(shared, s, src, w);
+    case 8:
+      return round_vectors<2>(shared, s, src, w);
+    default:
+      return round_vectors<1>(shared, s, src, w);
+  }
 }
 
 LK_DEVICE void zero_words(void* shared, int bytes) {

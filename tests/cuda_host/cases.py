@@ -66,6 +66,18 @@ GPU_TILES = (
     Case((2, 3, 1, 37), (1, 13), (0, 12)),
     Case((2, 3, 37, 1), (13, 1), (6, 0)),
     Case((2, 2, 11, 16), (5, 9), (2, 4), stride=(2, 2), multiplier=3),
+    # several images a block, the last with fewer; tiles of rows and of columns, the last ones narrower
+    same((130, 1, 6, 8), (3, 3)),
+    same((131, 2, 5, 8), (3, 9)),
+    same((129, 1, 5, 7), (7, 3), "nhwc"),
+    same((1, 1, 210, 40), (3, 3)),
+    same((1, 3, 21, 72), (5, 5)),
+    # outputs that share an input's window; other padding than "same" with kernels of fixed width
+    Case((2, 5, 9, 16), (3, 3), (1, 1), multiplier=2),
+    Case((1, 2, 12, 32), (7, 7), (3, 3), multiplier=3),
+    Case((2, 3, 10, 16), (5, 5), (0, 0)),
+    Case((2, 3, 10, 24), (3, 3), (2, 2)),
+    Case((1, 2, 14, 16), (51, 5), (25, 6)),
     # layouts: staged by channels, packed to planes, copied by elements, read again and again
     same((2, 20, 9, 11), (7, 7), "nhwc"),
     same((1, 9, 14, 16), (13, 13), "nhwc"),
