@@ -118,13 +118,13 @@ def test_derivatives_and_opcheck():
 
 @pytest.mark.parametrize("layout", ["dense", "nhwc"])
 def test_training_uses_it_once(layout):
-    """Strided branches, which run one after the other, give what the chain in plain PyTorch gives."""
+    """Strided branches, which fused run one after the other, give what the chain in plain PyTorch gives."""
     block = reparam.MobileOneBlock(8, 8, 3, 2, 1, groups=8, num_conv_branches=2).double().train()
     block.activation = torch.nn.Identity()
     x = lay_out(torch.randn(2, 8, 9, 10, dtype=torch.float64), layout)
 
     def run():
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile() as profile, reparam.use_training_path("fused"):
             y = block(x)
             grads = torch.autograd.grad(y.pow(3).sum(), list(block.parameters()))
         counts = {e.key: e.count for e in profile.key_averages()}
