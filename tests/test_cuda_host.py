@@ -316,6 +316,30 @@ MUTANTS = {
         "p.first_diagonal = int(1 - floor_div(",
         (TOEPLITZ[0], "backward_weight", *TOEPLITZ[1:]),
     ),
+    "toeplitz weight: no barrier between copies and products": (
+        "toeplitz_weight.cuh",
+        "source[1]);\n    sync_block();",
+        "source[1]);",
+        (TOEPLITZ[0], "backward_weight", *TOEPLITZ[1:]),
+    ),
+    "reduce_splits: only the last partial sum": (
+        "direct_weight.cuh",
+        "sum += partial[",
+        "sum = partial[",
+        (same((40, 1, 40, 16), (7, 7)), "backward_weight", *TOEPLITZ[1:]),
+    ),
+    "pack: no barrier between reading and writing the tile": (
+        "pack.cuh",
+        "sync_block();",
+        "",
+        (same((1, 33, 12, 12), (5, 5), "nhwc"), "forward", *TOEPLITZ[1:]),
+    ),
+    "stride phases: one output row off": (
+        "../problem.h",
+        "a.pad = (a.taps - 1) * a.dil - y0;",
+        "a.pad = (a.taps - 1) * a.dil - y0 + (r > 0);",
+        (Case((1, 2, 13, 14), (5, 5), (2, 2), stride=(2, 2)), "backward_input", "f32", "direct"),
+    ),
 }
 
 
