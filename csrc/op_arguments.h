@@ -83,6 +83,8 @@ inline Tensor empty_contiguous(const std::vector<int64_t>& sizes, ScalarType dty
   return empty_tensor(sizes, dtype, like, std::nullopt);
 }
 
+constexpr int64_t kLargestReach = int64_t(1) << 60;  // sums of a few such numbers still fit 64 bits
+
 inline ConvParams params_of(int64_t batch, int64_t channels, int64_t height, int64_t width,
                             int64_t out_channels, int64_t kernel_h, int64_t kernel_w,
                             const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -99,10 +101,18 @@ inline ConvParams params_of(int64_t batch, int64_t channels, int64_t height, int
   p.height = height, p.width = width, p.kernel_h = kernel_h, p.kernel_w = kernel_w;
   p.stride_h = stride[0], p.stride_w = stride[1], p.pad_h = padding[0], p.pad_w = padding[1];
   p.dil_h = dilation[0], p.dil_w = dilation[1];
+  for (const int i : {0, 1}) {
+    const int64_t steps = (i ? kernel_w : kernel_h) - 1;
+    STD_TORCH_CHECK(padding[i] <= kLargestReach && stride[i] <= kLargestReach &&
+                        steps <= kLargestReach / dilation[i] && (i ? width : height) <= kLargestReach,
+                    "lkconv: sizes, stride, padding and dilation * (kernel size - 1) must be at most 2^60");
+  }
   const int64_t reach_h = height + 2 * p.pad_h - p.dil_h * (kernel_h - 1) - 1;
   const int64_t reach_w = width + 2 * p.pad_w - p.dil_w * (kernel_w - 1) - 1;
   STD_TORCH_CHECK(reach_h >= 0 && reach_w >= 0, "lkconv: the output would be empty");
   p.out_height = reach_h / p.stride_h + 1, p.out_width = reach_w / p.stride_w + 1;
+  const double outputs = double(batch) * double(out_channels) * double(p.out_height) * double(p.out_width);
+  STD_TORCH_CHECK(outputs <= double(kLargestReach), "lkconv: the output would have more than 2^60 elements");
   return p;
 }
 

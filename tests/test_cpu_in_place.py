@@ -82,6 +82,8 @@ def test_channels_last(case, layout, dtype, pass_name):
 @all_passes
 @all_dtypes
 @pytest.mark.parametrize("case", CONTIGUOUS, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "spatial_slice", "misaligned", "expanded_batch_and_channels"])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "spatial_slice", "misaligned", "expanded_batch_and_channels"]
+)
 def test_contiguous(case, layout, dtype, pass_name):
     accuracy.check(pass_name, case, cases.make_tensors(case, dtype, layout))
