@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from .geometry import (
+    FIXED_ROWS,
     MMA_COLS,
     MMA_ROWS,
     SIZE,
     STRIP,
     Geometry,
+    Walk,
     ceil_div,
+    column_walk,
     columns,
     forward_row_steps,
     iterations,
@@ -23,9 +27,23 @@ from .geometry import (
     weight_columns,
     window_rows,
 )
-from .kernel_loops import Code, band, copies, copies_in_body, len_of, once_a_tile, row_overhead, staging
+from .kernel_loops import (
+    Code,
+    Widths,
+    band,
+    children,
+    copies,
+    copies_in_body,
+    is_copy,
+    len_of,
+    once,
+    prologue,
+    row_overhead,
+    tile_loop,
+    unwanted,
+)
 from .machine import Work
-from .sass import Loop, enclosing, exclusive, find, loops, products
+from .sass import Loop, enclosed, enclosing, exclusive, find, longest_path, loops, products
 
 REDUCE_THREADS = 256
 
@@ -46,43 +64,122 @@ def refuse_channels_last(plan: dict) -> None:
         raise ValueError("direct kernels over channels_last tensors are not predicted")
 
 
+def add_window(work: Work, code: Code, kernel: str, width: int, nth: int, walk: Walk, times: float) -> None:
+    """The code around the copies of one window, and the copies: `nth` of those in the loop over tiles."""
+    found = loops(code[kernel])
+    copy = copies(found, width)[nth]
+    outer = enclosing(found, copy)
+    columns = outer and enclosing(found, outer)
+    if outer is None or columns is None:
+        raise LookupError(f"{kernel}: copies without the loops around them; adapt bench/predict")
+    work.add(exclusive(columns, found), times * walk.warps)
+    work.add(exclusive(outer, found), times * walk.warps * walk.outer)
+    passes = ceil_div(walk.inner, copies_in_body(copy))
+    work.add(copy.body, times * walk.warps * walk.outer * passes)
+
+
+def add_sides(work: Work, found: list[Loop], nth: int, warps: int, times: float) -> None:
+    """The columns outside the image: a thread zeroes those of a row, here of one."""
+    sides = [
+        x for x in found if x.count("STS") == len(children(x, found)) > 1 and not x.count("LDG", "LDGSTS")
+    ]
+    if nth < len(sides):
+        work.add(sides[nth].body, times * warps)
+
+
+def store_bytes(width: int, tile_w: int, dtype: str) -> int:
+    """Of a direct kernel's store from registers; 0 where it would be narrower than 8 bytes."""
+    found = vector_bytes(width if tile_w >= width else math.gcd(width, tile_w), dtype)
+    return found if found >= 8 else 0
+
+
 def direct_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
     refuse_channels_last(plan)
-    name = {-1: "strided", 0: "any"}.get(plan["kernel"][0], plan["kernel"][0])
+    width = plan["kernel"][0]
+    name = {-1: "strided", 0: "any"}.get(width, width)
     kernel = f"direct_forward<{'float32' if dtype == 'tf32' else dtype}, {name}>"
     found = loops(code[kernel])
     channels, _, tile_h, tile_w = plan["tile"]
     threads, warps, strips = plan["threads"], plan["threads"] // 32, ceil_div(tile_w, STRIP)
-    work, hot, rows_loop = Work(), products(found), staging(found)[0]
+    rows_each = FIXED_ROWS if width > 0 else 1
+    row_groups = ceil_div(tile_h, rows_each)
+    widths = Widths(vector_bytes(g.width, dtype), 0 if width < 0 else store_bytes(g.out[1], tile_w, dtype))
+    work, hot = Work(), products(found)
+    images = tile_loop(found)
+    work.add(prologue(code[kernel], found, widths), plan["blocks"] * warps)
     weights = find(
         found,
         "weights",
-        lambda x: x.innermost and x.count("LDG") > 0 and x.end < hot.start,
-        lambda x: -x.start,
+        lambda x: x.innermost and x.count("LDG") > 0 and x.count("LDG") == x.count("STS") and not is_copy(x),
+        lambda x: -x.count("LDG"),
     )
-    store = find(found, "stores", lambda x: x.innermost and x.count("STG") > 0, lambda x: x.depth)
-    store_line = enclosing(found, store)
+    taps = channels * g.kernel[0] * ceil_div(g.kernel[1], 4) * 4
+    work.add(weights.body, plan["blocks"] * iterations(taps, threads) / weights.count("LDG"))
     planes = g.batch * ceil_div(g.channels, channels)
+    around = [images]  # the loops over images, and chunks of taps: each of the latter runs once
+    while not any(is_copy(x) for x in found if x.depth <= around[-1].depth + 3 and enclosed(x, around[-1])):
+        around.append(next(x for x in children(around[-1], found) if enclosed(hot, x)))
     for y0, rows in spans(g.out[0], tile_h):
-        staged = window_rows(g, y0, rows, 0, g.kernel[0] - 1) * channels
-        run = warp_rows(g, y0, rows, strips, tile_h, channels, warps)
-        for _, cols in spans(g.out[1], tile_w):
-            window = (cols - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1
-            full = (tile_w - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 1
-            lanes = lanes_of(full)
-            passes = ceil_div(window, lanes) * ceil_div(staged, threads // lanes * 4)
-            work.add(rows_loop.body, planes * warps * passes * 4 / rows_loop.count("LDG"))
-            taps = channels * g.kernel[0] * ceil_div(g.kernel[1], 4) * 4
-            work.add(weights.body, planes * iterations(taps, threads) / weights.count("LDG"))
-            work.add(hot.body, planes * run * g.kernel[1] * STRIP * 32 / hot.macs)
-            if plan["kernel"][0] <= 0:
+        in_rows, most = (
+            window_rows(g, y0, rows, 0, g.kernel[0] - 1),
+            min(g.height, (tile_h - 1) * g.stride[0] + (g.kernel[0] - 1) * g.dilation[0] + 1),
+        )
+        for x0, cols in spans(g.out[1], tile_w):
+            for level in around:
+                work.add(once(level, found, widths), planes * warps)
+            window = min(g.width, (strips * STRIP - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 8)
+            lanes = min(ceil_div(window * SIZE[dtype], widths.copy), threads)
+            walk = column_walk(channels, in_rows, most, lanes, threads, gapless=in_rows == g.height)
+            add_window(work, code, kernel, widths.copy, 0, walk, planes)
+            if touches_sides(g, x0, cols):
+                add_sides(work, found, 0, ceil_div(channels * most, 32), planes)
+            if width > 0:
+                strip_warps = ceil_div(channels * row_groups * ceil_div(cols, STRIP), 32)
+                add_fixed_strips(work, found, g, widths, planes * strip_warps)
+            else:
+                run = warp_rows(g, y0, rows, strips, tile_h, channels, warps)
+                work.add(hot.body, planes * run * g.kernel[1] * STRIP * 32 / hot.macs)
                 work.add(row_overhead(found, hot), planes * run)
-            lines = planes * warps * ceil_div(channels * rows, threads // lanes_of(tile_w))
-            each = ceil_div(cols, lanes_of(tile_w))
-            if store_line:
-                work.add(exclusive(store_line, found), lines)
-            work.add(store.body, lines * (each // store.count("STG")))
+            if widths.store == 0:
+                store = find(
+                    found,
+                    "stores",
+                    lambda x: x.depth > 1 and x.innermost and x.count("STG") > 0 and x.count("LDS") > 0,
+                    lambda x: x.depth,
+                )
+                lines = planes * warps * ceil_div(channels * rows, threads // lanes_of(tile_w))
+                line = enclosing(found, store)
+                if line and line is not images and line.depth > around[-1].depth:
+                    work.add(exclusive(line, found), lines)
+                work.add(store.body, lines * ceil_div(cols, lanes_of(tile_w)) / store.count("STG"))
     return Launch(kernel, plan["blocks"], threads, plan["shared_bytes"], work, tensor_bytes(g, dtype))
+
+
+def add_fixed_strips(work: Work, found: list[Loop], g: Geometry, widths: Widths, times: float) -> None:
+    """Strips of the kernels of fixed width: unrolled where the kernel is a square below 7, else in turns of
+    three rows of inputs. Rows outside the image are counted too."""
+    hot = products(found)  # the turns of three rows
+    strip = enclosing(found, hot)
+    if strip is None:
+        raise LookupError("no loop over strips; the kernel changed: adapt bench/predict")
+    straight = sum(i.macs for i in exclusive(strip, found)) > 0 and g.kernel[0] == g.kernel[1]
+    if straight:
+        path = longest_path(
+            strip.body, [], lambda i: hot.start <= i.address <= hot.end or unwanted(found, widths)(i)
+        )
+        work.add(path, times)
+        return
+    path = once(strip, found, widths)
+    work.add([i for i in path if not i.macs], times)
+    turns = ceil_div(g.kernel[0] + FIXED_ROWS - 1, FIXED_ROWS)
+    share = g.kernel[0] / (FIXED_ROWS * turns)  # of the products in the turns, those that exist
+    work.add(hot.body, times * turns * share)
+    work.add([i for i in hot.body if not i.macs], times * turns * (1 - share))
+
+
+def touches_sides(g: Geometry, x0: int, cols: int) -> bool:
+    first = x0 * g.stride[1] - g.padding[1]
+    return first < 0 or first + (cols - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] >= g.width
 
 
 def direct_weight(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
@@ -99,19 +196,27 @@ def direct_weight(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
         raise ValueError(
             f"{kernel}: {threads} threads do not own {owned} groups of taps; adapt bench/predict"
         )
-    hot, (input_loop, grad_loop) = products(found), staging(found)
-    work, owners = Work(), ceil_div(g.channels, channels)
+    hot, owners = products(found), ceil_div(g.channels, channels)
+    grad_width = g.out[1] if tile_w >= g.out[1] else math.gcd(g.out[1], tile_w)
+    vectors = (vector_bytes(g.width, dtype), vector_bytes(grad_width, dtype))
+    widths = Widths(vectors[0])  # the code around either width's copies is the same
+    work, each_tile = Work(), once(tile_loop(found), found, widths)
+    work.add(prologue(code[kernel], found, widths), plan["blocks"] * warps)
+    most = min(g.height, (tile_h - 1) * g.stride[0] + (g.kernel[0] - 1) * g.dilation[0] + 1)
     for _, n in spans(g.batch, images):
         for y0, rows in spans(g.out[0], tile_h):
-            for _, cols in spans(g.out[1], tile_w):
-                lines = channels * n * window_rows(g, y0, rows, 0, g.kernel[0] - 1)
-                window = (cols - 1) * g.stride[1] + (groups * STRIP - 1) * g.dilation[1] + 1
-                for loop, count, width, lanes in (
-                    (input_loop, lines, window, 32),
-                    (grad_loop, channels * n * rows, cols, lanes_of(tile_w)),
+            for x0, cols in spans(g.out[1], tile_w):
+                work.add(each_tile, owners * warps)
+                window = min(g.width, (tile_w - 1) * g.stride[1] + (groups * STRIP - 1) * g.dilation[1] + 8)
+                in_rows = window_rows(g, y0, rows, 0, g.kernel[0] - 1)
+                for nth, (size, tall, high, wide) in enumerate(
+                    ((vectors[0], in_rows, most, window), (vectors[1], rows, tile_h, tile_w))
                 ):
-                    passes = ceil_div(width, lanes) * ceil_div(count, threads // lanes * 4)
-                    work.add(loop.body, owners * warps * passes * 4 / loop.count("LDG"))
+                    lanes = min(ceil_div(wide * SIZE[dtype], size), threads)
+                    walk = column_walk(n, tall, high, lanes, threads, gapless=n == 1)
+                    add_window(work, code, kernel, size, nth, walk, owners)
+                if touches_sides(g, x0, cols):
+                    add_sides(work, found, 0, ceil_div(n * most, 32), owners)
                 each = owners * warps * ceil_div(n * rows, workers)
                 work.add(hot.body, each * cols * STRIP * 32 / hot.macs)
                 work.add(row_overhead(found, hot), each)
@@ -129,41 +234,54 @@ def toeplitz_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
         plan["threads"] // 32,
         vector_bytes(g.width, dtype, plan["packs"] > 0),
     )
-    hot, copy, work = products(found), copies(found, vector), Work()
-    tile_code = once_a_tile(found, wide=g.out[1] % 2 == 0)
+    pairs = g.out[1] % 2 == 0 or plan["packs"] > 0
+    widths = Widths(vector, SIZE[dtype] * (2 if pairs else 1))
+    hot, work = products(found), Work()
+    tile_code = once(tile_loop(found), found, widths)
     repeats = ceil_div(g.batch, images) * g.channels
     issued = total = 0.0
+    most = min(g.height, (tile_h - 1) * g.stride[0] + (g.kernel[0] - 1) * g.dilation[0] + 1)
+    cols = max(16, max(columns(g, x0, n_tiles, depth).k_tiles * depth for x0, _ in spans(g.out[1], tile_w)))
+    lanes = min(cols * SIZE[dtype] // vector, threads)
     for x0, _ in spans(g.out[1], tile_w):
         c = columns(g, x0, n_tiles, depth)
         for y0, rows in spans(g.out[0], tile_h):
             steps = forward_row_steps(g, y0, rows, images, m_tiles, plan["image_major"])
             issued += steps * c.steps * m_tiles * n_tiles
             total += steps * c.band * m_tiles
-            staged = images * window_rows(g, y0, rows, 0, g.kernel[0] - 1) * c.k_tiles * depth
-            vectors = staged * SIZE[dtype] // vector
-            work.add(copy.body, repeats * iterations(vectors, threads) / copies_in_body(copy))
+            in_rows = window_rows(g, y0, rows, 0, g.kernel[0] - 1)
+            walk = column_walk(images, in_rows, most, lanes, threads, gapless=images == 1)
+            add_window(work, code, kernel, vector, 0, walk, repeats)
             if dtype == "tf32":
-                add_rounding(work, found, repeats * iterations(vectors, threads), vector)
+                add_rounding(work, found, 0, walk, vector, repeats)
             work.add(tile_code, repeats * warps)
     work.add(hot.body, repeats * issued / hot.count("HMMA"), total / issued)
+    work.add(prologue(code[kernel], found, widths), plan["blocks"] * warps)
     pitch = ceil_div((g.kernel[1] - 1) * g.dilation[1] + 50, 8) * 8
-    elements = g.kernel[0] * pitch * (1 if dtype == "tf32" else 2)
-    built = band(found)
-    work.add(built.body, plan["blocks"] * iterations(elements, threads) / built.count("LDG"))
+    lanes = min(pitch, threads)
+    rows = ceil_div(g.kernel[0], threads // lanes) * ceil_div(pitch, lanes)
+    built, copies_built = band(found), 1 if dtype == "tf32" else 2
+    work.add(built.body, plan["blocks"] * warps * rows * copies_built)
+    around: Loop | None = built
+    while around := enclosing(found, around):  # a column of taps
+        work.add(exclusive(around, found), plan["blocks"] * warps * ceil_div(pitch, lanes) * copies_built)
     return Launch(kernel, plan["blocks"], threads, plan["shared_bytes"], work, tensor_bytes(g, dtype))
 
 
-def add_rounding(work: Work, found: list[Loop], vectors: float, vector: int) -> None:
-    """tf32 only: each thread rounds what it copied, in loops over the elements of a vector."""
-
-    def rounds(x: Loop) -> bool:
-        return x.innermost and x.count("FSETP") > 0 and x.count("STS") > 0 and not x.count("LDG")
-
-    inner = find(found, "rounding to tf32", rounds, lambda x: -x.count("STS"))
-    outer = enclosing(found, inner)
-    if outer is not None:
-        work.add([i for i in exclusive(outer, found) if i.name not in ("LDS", "STS", "FSETP")], vectors)
-    work.add(inner.body, vectors * (vector // 4) / inner.count("STS"))
+def add_rounding(work: Work, found: list[Loop], nth: int, walk: Walk, vector: int, times: float) -> None:
+    """tf32 only: each thread rounds what it copied."""
+    inner = [
+        x
+        for x in found
+        if x.innermost and x.count("LDS") == 1 and x.count("STS") == 1 and not x.count("LDG", "LDGSTS")
+        and all(i.bytes_per_lane == vector for i in x.body if i.name == "STS")
+    ]  # fmt: skip
+    if nth >= len(inner):
+        raise LookupError("the machine code does not round to tf32 where expected: adapt bench/predict")
+    work.add(inner[nth].body, times * walk.warps * walk.outer * walk.inner)
+    around: Loop | None = inner[nth]
+    while (around := enclosing(found, around)) and around.depth > 1:
+        work.add(exclusive(around, found), times * walk.warps * walk.outer)
 
 
 def toeplitz_weight(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
@@ -171,38 +289,52 @@ def toeplitz_weight(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
     kernel = f"toeplitz_weight<{dtype}, {diagonals}>"
     found, depth = loops(code[kernel]), 8 if dtype == "tf32" else 16
     _, images, tile_h, tile_w = plan["tile"]
-    threads, warps, vector = (
-        plan["threads"],
-        plan["threads"] // 32,
-        vector_bytes(g.width, dtype, plan["packs"] > 0),
-    )
-    own = owned_rows(g, plan)
-    hot, copy, work = products(found), copies(found, vector), Work()
+    threads, warps = plan["threads"], plan["threads"] // 32
+    packed = plan["packs"] > 0
+    vectors = (vector_bytes(g.width, dtype, packed), vector_bytes(g.out[1], dtype, packed))
+    own, widths = owned_rows(g, plan), Widths(vectors[0])
+    hot, work = products(found), Work()
     table = find(
         found,
         "the depth's rows",
-        lambda x: x.innermost and x.depth == 2 and not x.count("LDG", "LDS", "LDGSTS"),
+        lambda x: x.innermost and x.depth == 2 and x.count("STS") > 0 and not x.count("LDG", "LDS", "LDGSTS"),
         len_of,
     )
     chunks = own.row_chunks * own.diagonal_chunks * g.channels
+    tile_code = once(tile_loop(found), found, widths)
+    rows_owned = min(own.row_groups * own.rows_each, g.kernel[0])
+    most = min(g.height, (tile_h - 1) * g.stride[0] + (rows_owned - 1) * g.dilation[0] + 1)
     issued = total = 0.0
     for _, n in spans(g.batch, images):
         for y0, rows in spans(g.out[0], tile_h):
             depths = ceil_div(ceil_div(n * rows, depth), own.workers)
-            rows_in = window_rows(g, y0, rows, 0, min(own.row_groups * own.rows_each, g.kernel[0]) - 1)
+            rows_in = window_rows(g, y0, rows, 0, rows_owned - 1)
             for x0, cols in spans(g.out[1], tile_w):
                 m_tiles, steps, on_band = weight_columns(
                     g, x0, cols, own.first_diagonal, diagonals, own.diagonal_chunks
                 )
                 issued += g.channels * own.row_chunks * warps * depths * steps * diagonals * own.rows_each
                 total += g.channels * own.row_chunks * warps * depths * on_band * own.rows_each
-                elements = n * rows_in * m_tiles * MMA_ROWS + n * rows * ceil_div(cols, MMA_COLS) * MMA_COLS
-                times = chunks * iterations(elements * SIZE[dtype] // vector, threads)
-                work.add(copy.body, times / copies_in_body(copy))
-                if dtype == "tf32":
-                    add_rounding(work, found, times, vector)
-                work.add(table.body, chunks * iterations(ceil_div(n * rows, MMA_ROWS) * MMA_ROWS, threads))
+                work.add(tile_code, chunks * warps)
+                for nth, (tall, high, wide) in enumerate(
+                    (
+                        (rows_in, most, m_tiles * MMA_ROWS),
+                        (rows, tile_h, ceil_div(cols, MMA_COLS) * MMA_COLS),
+                    )
+                ):
+                    lanes = min(max(1, wide * SIZE[dtype] // vectors[nth]), threads)
+                    walk = column_walk(n, tall, high, lanes, threads, gapless=n == 1)
+                    add_window(work, code, kernel, vectors[nth], nth, walk, chunks)
+                    if dtype == "tf32":
+                        add_rounding(work, found, nth, walk, vectors[nth], chunks)
+                work.add(
+                    table.body,
+                    chunks
+                    * iterations(ceil_div(n * rows, MMA_ROWS) * MMA_ROWS, threads)
+                    / table.count("STS"),
+                )
     work.add(hot.body, issued / hot.count("HMMA"), total / issued)
+    work.add(prologue(code[kernel], found, widths), plan["blocks"] * warps)
     partial = plan["workspace_slots"] * g.elements()[2] * 4
     return Launch(kernel, plan["blocks"], threads, plan["shared_bytes"], work, map_bytes(g, dtype) + partial)
 
@@ -219,13 +351,11 @@ def reduce_splits(code: Code, g: Geometry, dtype: str, slots: int) -> Launch:
 def pack(code: Code, elements: int, dtype: str) -> Launch:
     """Copies a channels_last tensor to planes, or back: 32 x 32 elements a block of 256 threads."""
     kernel = f"pack<{8 * SIZE[dtype]}>"
-    found, work, size = loops(code[kernel]), Work(), SIZE[dtype]
-    inner = [x for x in found if x.innermost]
-    loads = find(inner, "loads alone", lambda x: x.count("LDG") > 0 and not x.count("STG"), len_of)
-    stores = find(inner, "stores alone", lambda x: x.count("STG") > 0 and not x.count("LDG"), len_of)
-    work.add(loads.body, elements / 32 / loads.count("LDG"))
-    work.add(stores.body, elements / 32 / stores.count("STG"))
-    return Launch(kernel, ceil_div(elements, 1024), 256, 32 * 33 * size, work, 2 * elements * size)
+    work, size = Work(), SIZE[dtype]
+    blocks = ceil_div(elements, 1024)
+    inner = [x for x in loops(code[kernel]) if x.depth == 1]  # rows ended: rarely
+    work.add(longest_path(code[kernel], inner, lambda i: i.name == "CALL"), blocks * 8)
+    return Launch(kernel, blocks, 256, 32 * 33 * size, work, 2 * elements * size)
 
 
 def map_bytes(g: Geometry, dtype: str) -> int:

@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 
 SIZE = {"float32": 4, "tf32": 4, "bfloat16": 2}
-STRIP = 8  # outputs, or taps, of a thread of the direct kernels
+STRIP = 8  # outputs of a row, or taps, of a thread of the direct kernels
+FIXED_ROWS = 3  # rows of outputs of a thread, in those of a fixed width
 MMA_ROWS, MMA_COLS = 16, 8
 
 
@@ -117,6 +118,25 @@ def vector_bytes(width: int, dtype: str, packed: bool = False) -> int:
 def iterations(items: int, threads: int) -> int:
     """Executions, counted by warps, of a loop over items that all threads of a block share."""
     return ceil_div(items, threads) * (threads // 32)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How a window is copied: `outer` times, `inner` vectors by each thread of `warps` warps."""
+
+    warps: int
+    outer: int
+    inner: int
+
+
+def column_walk(images: int, rows: int, most_rows: int, lanes: int, threads: int, gapless: bool) -> Walk:
+    """The same arithmetic as ColumnWalk in tile_io.cuh."""
+    step = threads // max(1, lanes)
+    if gapless or images == 1:
+        return Walk(threads // 32, 1, ceil_div(images * rows, step))
+    if step >= most_rows:
+        return Walk(threads // 32, 1, ceil_div(images, step // most_rows))
+    return Walk(threads // 32, images, ceil_div(rows, step))
 
 
 def warp_rows(g: Geometry, y0: int, rows: int, strips: int, tile_h: int, channels: int, warps: int) -> int:

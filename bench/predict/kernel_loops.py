@@ -3,39 +3,87 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from .sass import Instruction, Loop, enclosing, exclusive, find, loops, products, without_blocks
+from .sass import Instruction, Loop, enclosing, exclusive, find, longest_path, loops, products
 
 Code = dict[str, tuple[Instruction, ...]]
 
 
-def staging(found: list[Loop]) -> list[Loop]:
-    """Loops that bring a tile's rows into shared memory, in order of address: the most deeply nested ones,
-    because the other kind, by channels, needs one loop less."""
-    some = [x for x in found if x.innermost and x.count("LDG") >= 4 and x.count("STS")]
-    deepest = find(some, "loads and shared stores", lambda x: True, lambda x: x.depth).depth
+@dataclass(frozen=True)
+class Widths:
+    """Which variant of a kernel's code a launch takes: bytes of a copy to shared memory, and of a store."""
+
+    copy: int
+    store: int | None = None  # 0: outputs go through shared memory; None: there is one kind
+
+
+def element_bytes(i: Instruction) -> int:
+    """Of a lane's access to memory; narrow ones are told apart here."""
+    return 2 if ".U16" in i.opcode or ".S16" in i.opcode else i.bytes_per_lane
+
+
+def is_copy(x: Loop) -> bool:
+    """Brings rows to shared memory: asynchronously, or several loads and then their stores."""
+    if x.count("LDGSTS"):
+        return x.innermost
+    return x.innermost and x.count("LDG") in (2, 4) and x.count("STS") >= x.count("LDG") and x.depth > 2
+
+
+def copies(found: list[Loop], width: int) -> list[Loop]:
+    """The loops over copies to shared memory of ``width`` bytes each, in order of address."""
+    some = [
+        x
+        for x in found
+        if is_copy(x) and all(element_bytes(i) == width for i in x.body if i.name in ("LDGSTS", "LDG"))
+    ]
+    find(some, f"copies of {width} bytes", lambda x: True, len_of)
+    deepest = max(x.depth for x in some)  # that of the loop over tiles; others precede it
     return [x for x in some if x.depth == deepest]
-
-
-def copies(found: list[Loop], width: int) -> Loop:
-    """The copies to shared memory, ``width`` bytes each, inside the loop over tiles."""
-
-    def is_copy(x: Loop) -> bool:
-        if width == 2:
-            return x.count("LDG") > 0 and x.count("STS") > 0
-        return any(i.name == "LDGSTS" and i.bytes_per_lane == width for i in x.body)
-
-    return find(
-        [x for x in found if x.innermost],
-        f"copies of {width} bytes",
-        is_copy,
-        lambda x: (x.depth, len(x.body)),
-    )
 
 
 def copies_in_body(loop: Loop) -> int:
     return loop.count("LDGSTS") or loop.count("LDG")
+
+
+def children(loop: Loop, found: list[Loop]) -> list[Loop]:
+    inside = [x for x in found if x is not loop and loop.start <= x.start and x.end <= loop.end]
+    return [x for x in inside if x.depth == loop.depth + 1]
+
+
+def once(loop: Loop, found: list[Loop], widths: Widths) -> list[Instruction]:
+    """What one iteration executes outside the loops in it, at most."""
+    return longest_path(loop.body, children(loop, found), unwanted(found, widths))
+
+
+def prologue(code: tuple[Instruction, ...], found: list[Loop], widths: Widths) -> list[Instruction]:
+    """What a warp executes outside all loops, at most."""
+    return longest_path(code, [x for x in found if x.depth == 1], unwanted(found, widths))
+
+
+def unwanted(found: list[Loop], widths: Widths) -> Callable[[Instruction], bool]:
+    """Code of copies and stores of other widths, and of channels_last tensors."""
+
+    def other(x: Loop) -> bool:
+        if is_copy(x):
+            return any(element_bytes(i) != widths.copy for i in x.body if i.name in ("LDGSTS", "LDG"))
+        if x.depth > 1 and x.innermost and x.count("STG") and x.count("LDS"):
+            return bool(widths.store)  # outputs on their way out of shared memory
+        by_channels = x.count("LDG") == 4 and x.count("STS") == 4 and not x.innermost
+        return by_channels and not any(is_copy(y) for y in found if x.start <= y.start and y.end <= x.end)
+
+    others = [(x.start, x.end) for x in found if other(x)]
+    inner = [(x.start, x.end) for x in found if x.innermost]
+
+    def test(i: Instruction) -> bool:
+        if any(a <= i.address <= b for a, b in others):
+            return True
+        if i.name != "STG" or widths.store is None or any(a <= i.address <= b for a, b in inner):
+            return False
+        return element_bytes(i) != widths.store
+
+    return test
 
 
 def tile_loop(found: list[Loop]) -> Loop:
@@ -46,13 +94,9 @@ def tile_loop(found: list[Loop]) -> Loop:
 
 def band(found: list[Loop]) -> Loop:
     """The Toeplitz forward kernel's construction of the band: the last of its prologue's loads."""
-    before = [x for x in found if x.end < tile_loop(found).start]
-    asynchronous = max((x.start for x in before if x.count("LDGSTS")), default=0)
+    before = [x for x in found if x.end < tile_loop(found).start and x.innermost]
     return find(
-        before,
-        "band elements",
-        lambda x: x.start > asynchronous and x.count("LDG") > 0,
-        lambda x: x.count("LDG"),
+        before, "band elements", lambda x: x.count("LDG") == 1 and x.count("STS") == 1, lambda x: x.start
     )
 
 
@@ -67,46 +111,40 @@ def row_overhead(found: list[Loop], inner: Loop) -> list[Instruction]:
     return [i for i in code if i.name not in ("FFMA", "LDS")]
 
 
-def once_a_tile(found: list[Loop], wide: bool) -> list[Instruction]:
-    """Straight-line code of the loop over tiles: indices, and stores of one width.
-
-    Pairs of outputs are stored at once where ``wide``, else one by one; the code holds both.
-    """
-    code = exclusive(tile_loop(found), found)
-    single = ".U16" if any(".U16" in i.opcode for i in code if i.name == "STG") else None
-
-    def is_pair(i: Instruction) -> bool:
-        return single not in i.opcode if single else i.bytes_per_lane == 8
-
-    return without_blocks(code, lambda i: i.name == "STG" and is_pair(i) != wide)
-
-
 @dataclass(frozen=True)
 class Moves:
     """Instructions that a kernel spends outside its products; None where it has no such code."""
 
-    staged: float | None = None  # an element of the window, direct kernels
-    copied: tuple[float, ...] = ()  # a copy of 16, 8 and 4 bytes, and of one element, Toeplitz kernels
+    copied: tuple[float | None, ...] = ()  # an element, by copies of 16, 8 and 4 bytes, and of one element
     band: float | None = None  # an element of the band
     row: int | None = None  # a kernel row of the direct kernels, beside its products
-    tile: int | None = None  # a tile, once a warp: indices and stores, of an even width
+    tile: int | None = None  # a tile (direct: an image of it), once a warp: indices, and stores of full width
+    block: int | None = None  # before the first tile and after the last, once a warp
 
 
 def moves(code: Code, kernel: str) -> Moves:
     """The costs of a kernel's loops beside the one that multiplies."""
-    found = loops(code[kernel])
-    hot = products(found)
-    if kernel.startswith("direct_"):
-        loop = staging(found)[0]
-        fixed = re.search(r", [357]>", kernel)
-        return Moves(len(loop.body) / loop.count("LDG"), row=None if fixed else len(row_overhead(found, hot)))
-    widths = (16, 8, 4) if "tf32" in kernel else (16, 8, 4, 2)
-    copied = tuple(len(x.body) / copies_in_body(x) for x in (copies(found, width) for width in widths))
-    if kernel.startswith("toeplitz_weight"):
-        return Moves(copied=copied)
-    built = band(found)
+    found, whole = loops(code[kernel]), Widths(16, full_store(kernel))
+    hot, size = products(found), 2 if "float16" in kernel else 4
+    loops_of = {width: copies(found, width)[0] for width in (16, 8, 4, 2) if width >= size}
+    copied = tuple(len(x.body) / copies_in_body(x) * size / width for width, x in loops_of.items())
+    row = None
+    if kernel.startswith("direct_") and not re.search(r", [357]>", kernel):
+        row = len(row_overhead(found, hot))
+    built = band(found) if kernel.startswith("toeplitz_forward") else None
     return Moves(
         copied=copied,
-        band=len(built.body) / built.count("LDG"),
-        tile=len(once_a_tile(found, wide=True)),
+        band=len(built.body) / built.count("LDG") if built else None,
+        row=row,
+        tile=len(once(tile_loop(found), found, whole)),
+        block=len(prologue(code[kernel], found, whole)),
     )
+
+
+def full_store(kernel: str) -> int | None:
+    """Bytes of a store of the aligned variant."""
+    if kernel.startswith("direct_forward"):
+        return 0 if "strided" in kernel else 16
+    if kernel.startswith("toeplitz_forward"):
+        return 8 if "tf32" in kernel else 4
+    return None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*[A-Z0-9x.]*)\s*([^;]*);")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*[A-Z0-9x.]*)\s*([^;]*);")
 _RESOURCES = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+)")
 
 _FMA = ("FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2")
@@ -30,6 +30,7 @@ class Instruction:
     address: int
     opcode: str  # with its suffixes: LDS.128, HMMA.16816.F32.BF16
     operands: str
+    conditional: bool = False  # runs under a predicate
 
     @property
     def name(self) -> str:
@@ -54,6 +55,19 @@ class Instruction:
         if name.startswith("U") or name.startswith("R2U"):
             return "uniform"
         return "imad" if name == "IMAD" else "integer"
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch goes, if it is one."""
+        found = re.search(r"0x([0-9a-f]+)\s*$", self.operands.strip()) if self.name == "BRA" else None
+        return int(found[1], 16) if found else None
+
+    @property
+    def falls_through(self) -> bool:
+        """Whether the next instruction may follow; a branch's operands may hold a condition, too."""
+        if self.name in ("BRA", "EXIT", "RET"):
+            return self.conditional or re.match(r"!?U?P\w+", self.operands) is not None
+        return True
 
     @property
     def bytes_per_lane(self) -> int:
@@ -110,8 +124,8 @@ def parse(text: str) -> dict[str, tuple[Instruction, ...]]:
     for part in re.split(r"Function : ", text)[1:]:
         name, _, code = part.partition("\n")
         found[name.strip()] = tuple(
-            Instruction(int(address, 16), opcode, operands.strip())
-            for address, opcode, operands in _INSTRUCTION.findall(code)
+            Instruction(int(address, 16), opcode, operands.strip(), bool(predicate))
+            for address, predicate, opcode, operands in _INSTRUCTION.findall(code)
         )
     if not found or not all(found.values()):
         raise ValueError("no instructions found; expected the output of cuobjdump -sass")
@@ -127,9 +141,8 @@ def loops(code: Iterable[Instruction]) -> list[Loop]:
     code = tuple(code)
     spans: dict[int, int] = {}
     for i in code:
-        target = re.search(r"0x([0-9a-f]+)\s*$", i.operands.strip()) if i.name == "BRA" else None
-        if target and int(target[1], 16) < i.address:
-            head = int(target[1], 16)
+        head = i.target
+        if head is not None and head < i.address:
             spans[head] = max(i.address, spans.get(head, 0))
     found = []
     for head, tail in sorted(spans.items()):
@@ -163,25 +176,50 @@ def enclosing(candidates: Iterable[Loop], inner: Loop) -> Loop | None:
     return max(around, key=lambda x: x.depth, default=None)
 
 
+def enclosed(inner: Loop, outer: Loop) -> bool:
+    return outer.start <= inner.start and inner.end <= outer.end
+
+
 def exclusive(outer: Loop, candidates: Iterable[Loop]) -> tuple[Instruction, ...]:
     """Instructions of ``outer`` outside all loops in it."""
     inner = [x for x in candidates if x.depth > outer.depth and outer.start <= x.start and x.end <= outer.end]
     return tuple(i for i in outer.body if not any(x.start <= i.address <= x.end for x in inner))
 
 
-def without_blocks(code: Iterable[Instruction], unwanted: Callable[[Instruction], bool]) -> list[Instruction]:
-    """``code`` without the straight pieces (up to a branch) that hold an unwanted instruction.
+def longest_path(
+    code: Iterable[Instruction], free: Iterable[Loop], unwanted: Callable[[Instruction], bool]
+) -> list[Instruction]:
+    """The most instructions that one pass through ``code`` can execute.
 
-    For code that exists in two widths of which a launch takes one.
+    Instructions of the loops ``free`` cost nothing and are left out; paths through an ``unwanted``
+    instruction are not taken. So code that exists in several variants, of which a launch takes one, counts
+    once. Raises ``LookupError`` if every path is unwanted.
     """
-    kept: list[Instruction] = []
-    block: list[Instruction] = []
-    for i in code:
-        block.append(i)
-        if i.kind == "branch":
-            kept += [] if any(map(unwanted, block)) else block
-            block = []
-    return kept + ([] if any(map(unwanted, block)) else block)
+    code = tuple(code)
+    index = {i.address: n for n, i in enumerate(code)}
+    spans = [(x.start, x.end) for x in free]
+    impossible = -(10**9)
+    best: list[tuple[int, int]] = [(0, 0)] * (len(code) + 1)  # instructions from here on, next index
+    best[len(code)] = (0, len(code))
+    for n in range(len(code) - 1, -1, -1):
+        i = code[n]
+        inside = any(a <= i.address <= b for a, b in spans)
+        cost = impossible if unwanted(i) else 0 if inside else 1
+        after = [n + 1] if i.falls_through else []
+        if i.target is not None and i.target > i.address:
+            after.append(index.get(i.target, len(code)))
+        if not after:  # the end of the code, of an iteration, or of an inner loop
+            after = [len(code)]
+        length, following = max((best[m][0], m) for m in after)
+        best[n] = (cost + length, following)
+    if best[0][0] < 0:
+        raise LookupError("every path through the code is unwanted; the kernel changed: adapt bench/predict")
+    path, n = [], 0
+    while n < len(code):
+        if not any(a <= code[n].address <= b for a, b in spans):
+            path.append(code[n])
+        n = best[n][1]
+    return path
 
 
 def kinds(code: Iterable[Instruction]) -> Counter[str]:

@@ -196,11 +196,15 @@ def prediction_table(rows: list[Prediction]) -> str:
 
 
 def hot_loop(code: tuple[sass.Instruction, ...]) -> sass.Loop:
-    """The loop a kernel is about: products, or where there are none, the longest that loads from memory."""
+    """The loop a kernel is about: products, or where there are none, the longest that loads from memory. A
+    kernel that loads in no loop is one pass."""
     found = sass.loops(code)
     if any(x.macs for x in found):
         return sass.products(found)
-    return sass.find(found, "loads", lambda x: x.innermost and x.count("LDG") > 0, lambda x: len(x.body))
+    loads = [x for x in found if x.innermost and x.count("LDG") > 0]
+    if not loads:
+        return sass.Loop(tuple(sass.longest_path(code, [], lambda i: i.name == "CALL")), 1, True)
+    return max(loads, key=lambda x: len(x.body))
 
 
 def resource_table(code: Code, registers: dict[str, int]) -> str:
@@ -231,22 +235,22 @@ def counted(name: str) -> bool:
 
 
 def moves_table(code: Code) -> str:
-    """What staging, copies, band and stores cost."""
+    """What copies, band, indices and stores cost."""
     lines = [
-        "| kernel | staged element | copy of 16, 8, 4 bytes, one element | band element | kernel row, tile |",
-        "|---" * 5 + "|",
+        "| kernel | element copied by 16, 8, 4 bytes, alone | band element | kernel row | tile | block |",
+        "|---" * 6 + "|",
     ]
 
     def cell(value: float | None) -> str:
-        return "" if value is None else f"{value:.0f}"
+        return "" if value is None else number(value)
 
     for name in sorted(code):
         if not counted(name) or not name.startswith(("direct_", "toeplitz_")):
             continue
         m = kernel_loops.moves(code, name)
         copied = ", ".join(map(cell, m.copied))
-        per = cell(m.row if m.tile is None else m.tile)
-        lines.append(f"| `{name}` | {cell(m.staged)} | {copied} | {cell(m.band)} | {per} |")
+        cells = [copied, cell(m.band), *(str(n or "") for n in (m.row, m.tile, m.block))]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -153,14 +153,15 @@ LK_DEVICE void load_vectors(A* shared, const WindowShape& s, const WindowSource&
         store_converted<Vector>(walk.to, Loaded<T, Vector>{});
       return;
     }
+    constexpr int kInFlight = Vector < 8 ? kLoadsInFlight : 2;  // as many bytes, and fewer registers
     while (walk.to < walk.end) {
-      Loaded<T, Vector> value[kLoadsInFlight] = {};  // left undefined, they take more registers
+      Loaded<T, Vector> value[kInFlight] = {};  // left undefined, they take more registers
       A* to = walk.to;
 #pragma unroll
-      for (int q = 0; q < kLoadsInFlight; ++q, walk.next())
+      for (int q = 0; q < kInFlight; ++q, walk.next())
         if (walk.to < walk.end) value[q].load(walk.from);
 #pragma unroll
-      for (int q = 0; q < kLoadsInFlight; ++q, to += walk.advance_to)
+      for (int q = 0; q < kInFlight; ++q, to += walk.advance_to)
         if (to < walk.end) store_converted<Vector>(to, value[q]);
     }
   });
