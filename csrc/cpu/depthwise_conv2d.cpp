@@ -78,9 +78,13 @@ bool adjacent_channels(const ConvParams& p, const TensorView& a, const TensorVie
 
 bool contiguous_rows(const TensorView& a, const TensorView& b) { return a.stride_w == 1 && b.stride_w == 1; }
 
+constexpr int64_t kLongestPlanned = int64_t(1) << 20;
+
 bool prefers_aten(const ConvParams& p, Pass pass, const TensorView& from, const TensorView& to,
                   const Machine& m) {
   if (p.batch * p.out_channels() * p.out_height * p.out_width == 0) return false;
+  // Planning walks along the axes of the output, for which there may be no memory.
+  if (std::max(p.out_height, p.out_width) > kLongestPlanned) return false;
   ForwardProblem f =
       pass == Pass::forward ? forward_problem(p) : backward_input_phases(p, from, {}, to).at(0);
   f.adjacent = adjacent_channels(p, from, to);
