@@ -318,8 +318,8 @@ MUTANTS = {
     ),
     "toeplitz weight: no barrier between copies and products": (
         "toeplitz_weight.cuh",
-        "source[1]);\n    sync_block();",
-        "source[1]);",
+        "p.grad_walk);\n    sync_block();",
+        "p.grad_walk);",
         (TOEPLITZ[0], "backward_weight", *TOEPLITZ[1:]),
     ),
     "reduce_splits: only the last partial sum": (

@@ -111,7 +111,7 @@ void in_place_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t y, c
       }
       const TensorRows<T> pixels{s.input[g] + first_row + tap * in.stride_w, in.stride_h * p.dil_h,
                                  in.stride_w * c.step};
-      if (request) request_next_row(p, s, g, y, tap, to, X);
+      if (request) request_next_row(p, s, g, y, c.first + x * p.stride_w * c.step, to, X);
       Row::block(p, c, i, to, pixels, {s.kernel[g] + u0 * row, row, p.kernel_h * row}, u1 - u0);
     }
   }
