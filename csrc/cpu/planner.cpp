@@ -97,7 +97,8 @@ void choose_span(const Geometry& g, const Machine& m, int64_t bytes_per_group, P
 // twice.
 void choose_span_in_place(const Geometry& g, const Machine& m, int64_t bytes_of_kernel, Plan& p) {
   const int64_t groups = channel_groups(g.channels, p);
-  const int64_t bytes = narrow_rows(g) ? kKernelBytes : kWideKernelBytes;
+  const bool once = narrow_rows(g) || g.kernel_h == 1;  // a strip reads each pixel for one row of outputs
+  const int64_t bytes = once ? kKernelBytes : kWideKernelBytes;
   p.span = even_part(groups, std::clamp<int64_t>(bytes / bytes_of_kernel, 1, kMaxSpanInPlace));
   const int64_t wanted = m.threads > 1 ? 4 * m.threads : 1;
   const int64_t tasks = ceil_div(groups, p.span) * g.batch;
