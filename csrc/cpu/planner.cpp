@@ -73,6 +73,17 @@ double products_per_result(Pass pass, const Geometry& g) {
   return pairs / std::max(1.0, results);
 }
 
+// Rows of at least `least` outputs, then spans, are cut until every one of the threads has work.
+void share_among_threads(const Geometry& g, const Machine& m, int64_t tasks, int64_t least, Plan& p) {
+  const int64_t groups = channel_groups(g.channels, p), wanted = m.threads > 1 ? 4 * m.threads : 1;
+  if (tasks >= wanted || tasks == 0) return;
+  const int64_t parts =
+      std::clamp<int64_t>(ceil_div(wanted, tasks), 1, std::max<int64_t>(1, g.out_height / least));
+  p.tile_h = ceil_div(g.out_height, parts);
+  if (tasks * parts < wanted)
+    p.span = even_part(groups, std::max<int64_t>(1, p.span * tasks * parts / wanted));
+}
+
 // How many channel groups a direct task takes, and how many rows, so that channels_last memory is streamed
 // and every thread still has work.
 void choose_span(const Geometry& g, const Machine& m, int64_t bytes_per_group, Plan& p) {
@@ -81,15 +92,9 @@ void choose_span(const Geometry& g, const Machine& m, int64_t bytes_per_group, P
     p.span = std::clamp<int64_t>(kWindowBytes / std::max<int64_t>(1, bytes_per_group), 1,
                                  std::min(groups, kMaxSpan));
   p.span = even_part(groups, p.span);
-  const int64_t wanted = m.threads > 1 ? 4 * m.threads : 1;
-  const int64_t tasks = ceil_div(groups, p.span) * g.batch * ceil_div(g.out_width, p.tile_w);
-  if (tasks >= wanted || tasks == 0) return;
   const int64_t halo = std::max<int64_t>(g.kernel_h - 1, 0) * g.dil_h / g.stride_h;
-  const int64_t parts =
-      std::clamp<int64_t>(ceil_div(wanted, tasks), 1, std::max<int64_t>(1, g.out_height / (4 * halo + 4)));
-  p.tile_h = ceil_div(g.out_height, parts);
-  if (tasks * parts < wanted)
-    p.span = even_part(groups, std::max<int64_t>(1, p.span * tasks * parts / wanted));
+  share_among_threads(g, m, ceil_div(groups, p.span) * g.batch * ceil_div(g.out_width, p.tile_w),
+                      4 * halo + 4, p);
 }
 
 // The same where tensors are read in place: whole pixels, as far as their kernels stay in a cache of the
@@ -100,14 +105,7 @@ void choose_span_in_place(const Geometry& g, const Machine& m, int64_t bytes_of_
   const bool once = narrow_rows(g) || g.kernel_h == 1;  // a strip reads each pixel for one row of outputs
   const int64_t bytes = once ? kKernelBytes : kWideKernelBytes;
   p.span = even_part(groups, std::clamp<int64_t>(bytes / bytes_of_kernel, 1, kMaxSpanInPlace));
-  const int64_t wanted = m.threads > 1 ? 4 * m.threads : 1;
-  const int64_t tasks = ceil_div(groups, p.span) * g.batch;
-  if (tasks >= wanted || tasks == 0) return;
-  const int64_t parts =
-      std::clamp<int64_t>(ceil_div(wanted, tasks), 1, std::max<int64_t>(1, g.out_height / 4));
-  p.tile_h = ceil_div(g.out_height, parts);
-  if (tasks * parts < wanted)
-    p.span = even_part(groups, std::max<int64_t>(1, p.span * tasks * parts / wanted));
+  share_among_threads(g, m, ceil_div(groups, p.span) * g.batch, 4, p);
 }
 
 // Channel groups whose channels_last memory a task of backward_weight streams together; enough tasks remain
