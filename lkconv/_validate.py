@@ -12,7 +12,7 @@ from lkconv.ops import AUTOCAST_DEVICES, autocast_dtype
 
 Pair = tuple[int, int]
 NO_EXTRA = (0, 0)
-MOST_PADDING = 2**61  # so that sizes with the padding of both sides fit 64 bits
+MOST_PADDING = 2**60  # kLargestReach of csrc/op_arguments.h: sums of a few such numbers fit 64 bits
 
 # What F.conv2d takes on some device; lkconv leaves the last two lines of it to F.conv2d.
 CONVOLVED = (
@@ -142,7 +142,7 @@ def check_sizes(
             f"bias must have shape ({out_channels},), weight's channels; got {tuple(bias.shape)}"
         )
     if any(type(p) is int and p > MOST_PADDING for p in padding):
-        raise ValueError(f"padding must be at most 2**61; got {padding}")
+        raise ValueError(f"padding must be at most 2**60; got {padding}")
     reach_h = height + 2 * padding[0] + extra[0] - dilation[0] * (kernel_h - 1)
     reach_w = width + 2 * padding[1] + extra[1] - dilation[1] * (kernel_w - 1)
     if reach_h < 1 or reach_w < 1:

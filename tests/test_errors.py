@@ -79,7 +79,7 @@ CASES = {
     "padding negative": (ValueError, "padding must be .* at least 0; got -1", dict(padding=-1)),
     "padding beyond 64 bits": (
         ValueError,
-        r"padding must be at most 2\*\*61; got \(1, 4611686018427387904\)",
+        r"padding must be at most 2\*\*60; got \(1, 4611686018427387904\)",
         dict(padding=(1, 2**62)),
     ),
     "padding wraps": (ValueError, "padding must be at most", dict(padding=2**63 - 1)),
