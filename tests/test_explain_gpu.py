@@ -98,9 +98,11 @@ def test_scratch_is_that_of_the_whole_call(cuda_machine):
 
 @needs_cuda_module
 def test_stride_phases_are_counted_together(cuda_machine):
-    """The phases of backward_input do the work of the forward pass, and pad tiles of their own."""
-    strided = explain((8, 64, 56, 56), (7, 7), torch.float32, stride=2, padding=3).passes
-    assert 0.8 < strided["backward_input"].flops / strided["forward"].flops < 4
+    """The phases of backward_input do about the work of the forward pass, where none multiplies a band's
+    zeros."""
+    with tf32_allowed(False):
+        strided = explain((8, 64, 56, 56), (7, 7), torch.float32, stride=2, padding=3).passes
+    assert 0.8 < strided["backward_input"].flops / strided["forward"].flops < 3
     assert strided["forward"].flops >= 2 * 8 * 64 * 28 * 28 * 40
 
 

@@ -95,7 +95,7 @@ def test_the_module_is_built_for_the_present_gpu(whole):
 
 
 def test_all_files_with_gpu_tests_are_run(whole, request):
-    """Those known here, and those of every test that this session collected."""
+    """Those known here, and those of every test that this run of pytest collected."""
     ((words, _),) = [call for call in whole.named("pytest", "gpu") if "-n" in call[0]]
     ran = {word for word in words if word.startswith("tests/")}
     collected = {Path(i.path).name for i in request.session.items if i.get_closest_marker("gpu")}

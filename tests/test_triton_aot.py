@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from triton_aot import A_FEW_BYTES, CUDA_TARGETS, HIP_TARGET, Recorder, compile_launch, resources
+from triton_aot import CUDA_TARGETS, HIP_TARGET, Recorder, compile_launch, resources
 
 MATRIX_UNITS = {80: ("mma.sync",), 90: ("wgmma.mma_async", "mma.sync"), 100: ("tcgen05.mma", "mma.sync")}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -32,6 +32,12 @@ LAYERS = {
 
 # (layer, pass, architecture) -> bytes a thread that the assembler keeps on the stack all the same.
 STACK = {("strip", "backward_weight", 80): 8}
+# The same of plans that lose, on sm_90: (layer, pass, algorithm, the sides of a block) -> bytes. The
+# assembler of Triton 3.8 gives up a few loop invariants where that of 3.9 keeps them.
+LOSING_STACK = {
+    ("k27", "forward", "toeplitz", (128, 16, 16)): 8,
+    ("k27", "backward_weight", "toeplitz", (16, 32, 32, 16, 16)): 24,
+}
 
 
 def launches(
@@ -143,7 +149,9 @@ def test_no_plan_worth_timing_spills(layer, dtype, pass_name, monkeypatch):
             -1 if pass_name == "forward" else 0
         ]
         used = resources(compile_launch(launch, CUDA_TARGETS[90]))
-        assert used.stack <= A_FEW_BYTES, f"{plan.algorithm} {plan.blocks} spills {used.stack} bytes a thread"
+        known = (layer, pass_name, plan.algorithm, tuple(plan.blocks.values()))
+        allowed = LOSING_STACK.get(known, 0) if dtype == torch.float32 else 0
+        assert used.stack <= allowed, f"{plan.algorithm} {plan.blocks} spills {used.stack} bytes a thread"
 
 
 def test_aligned_rows_are_copied_in_vectors(monkeypatch):

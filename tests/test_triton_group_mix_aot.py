@@ -11,12 +11,14 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from triton_aot import A_FEW_BYTES, CUDA_TARGETS, HIP_TARGET, Recorder, compile_launch, resources
+from triton_aot import CUDA_TARGETS, HIP_TARGET, Recorder, compile_launch, resources
 from triton_group_mix_calls import arguments, run_all
 from triton_support import kernels
 
 MATRIX_UNITS = {80: ("mma.sync",), 90: ("wgmma.mma_async", "mma.sync"), 100: ("tcgen05.mma", "mma.sync")}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# (C, kernel) -> bytes a thread that the assembler of Triton 3.8, not of 3.9, keeps on the stack on sm_90.
+STACK = {(40, "weight_kernel"): 24}
 PRODUCTS = {
     "aggregate_kernel", "pointwise_kernel", "weight_kernel", "context_kernel", "attend_kernel",
     "grad_context_kernel", "attend_backward_kernel",
@@ -42,7 +44,7 @@ def test_half_types_use_matrix_units_and_do_not_spill(arch, monkeypatch):
     for launch in launches(320, torch.bfloat16, monkeypatch, names):
         compiled, name = compile_launch(launch, CUDA_TARGETS[arch]), launch.kernel.__name__
         used = resources(compiled)
-        assert used.stack <= (0 if arch == 90 else A_FEW_BYTES), f"{name} spills {used.stack} bytes a thread"
+        assert used.stack <= (0 if arch == 90 else 32), f"{name} spills {used.stack} bytes a thread"
         assert used.shared <= SHARED_LIMIT[arch]
         assert any(unit in compiled.asm["ptx"] for unit in MATRIX_UNITS[arch]) is (name in PRODUCTS), name
 
@@ -51,7 +53,8 @@ def test_half_types_use_matrix_units_and_do_not_spill(arch, monkeypatch):
 def test_no_width_spills_in_half_types(dim, dtype, monkeypatch):
     for launch in launches(dim, dtype, monkeypatch, LARGEST):
         used = resources(compile_launch(launch, CUDA_TARGETS[90]))
-        assert used.stack <= A_FEW_BYTES, f"{launch.kernel.__name__} spills {used.stack} bytes a thread"
+        allowed = STACK.get((dim, launch.kernel.__name__), 0)
+        assert used.stack <= allowed, f"{launch.kernel.__name__} spills {used.stack} bytes a thread"
 
 
 @pytest.mark.parametrize("dim,dtype", [(320, torch.float32), (160, torch.float64)])

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from triton_aot import A_FEW_BYTES, CUDA_TARGETS, HIP_TARGET, Launch, Recorder, compile_launch, resources
+from triton_aot import CUDA_TARGETS, HIP_TARGET, Launch, Recorder, compile_launch, resources
 
 KERNELS = (
     "outputs", "statistics", "sum", "dots", "add_tiles", "backward_input", "backward_weight",
@@ -53,6 +53,10 @@ def launches(name: str, dtype: torch.dtype, layout: str, monkeypatch) -> dict[st
     return dict(zip(KERNELS, recorder.launches, strict=True))
 
 
+# (block, kernel) -> bytes a thread that the assembler of Triton 3.8, not of 3.9, keeps on the stack on sm_90.
+STACK = {("7x7", "backward_input"): 8}
+
+
 def check(name: str, launch: Launch, arch: int, stack: int = 0) -> None:
     used = resources(compile_launch(launch, CUDA_TARGETS[arch]))
     assert used.stack <= stack, f"{name} spills {used.stack} bytes a thread"
@@ -79,7 +83,7 @@ def test_architectures(dtype, layout, arch, monkeypatch):
 )
 def test_blocks(block, dtype, layout, monkeypatch):
     for name, launch in launches(block, dtype, layout, monkeypatch).items():
-        check(name, launch, 90, A_FEW_BYTES)
+        check(name, launch, 90, STACK.get((block, name), 0))
 
 
 def test_amd(monkeypatch):

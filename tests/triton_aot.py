@@ -23,10 +23,6 @@ POINTERS = {
 CUDA_TARGETS = {80: GPUTarget("cuda", 80, 32), 90: GPUTarget("cuda", 90, 32), 100: GPUTarget("cuda", 100, 32)}
 HIP_TARGET = GPUTarget("hip", "gfx942", 64)
 
-# ptxas gives up a few loop invariants so that more programs fit; of which kernel, its version decides. A tile
-# that spilled would take hundreds of bytes. The kernels of the layer that all is tuned for keep to none.
-A_FEW_BYTES = 32
-
 Launch = namedtuple("Launch", "kernel grid args options")
 Resources = namedtuple("Resources", "registers stack shared")
 
