@@ -37,11 +37,31 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+def _freed_memory_taken(libc: ctypes.CDLL) -> list[int]:
+    """Blocks that the caller frees: what malloc_trim leaves resident at the end of a heap.
+
+    A heap that is not the process's first, or that something else has grown past, keeps its end. Blocks are
+    taken until 64 MiB of them, the size of a thread's heap, were new to the process.
+    """
+    libc.malloc.restype = ctypes.c_void_p
+    blocks: list[int] = []
+    new = 0
+    while new < 64:
+        before = _resident("VmRSS")
+        block = libc.malloc(ctypes.c_size_t(MEGABYTE))
+        if block is None:
+            break
+        ctypes.memset(block, 1, MEGABYTE)
+        blocks.append(block)
+        new += _resident("VmRSS") - before > MEGABYTE // 2
+    return blocks
+
+
 def peak_of_a_call(work: Callable[[], object], device: str) -> int | None:
     """Bytes that a call adds at most, its results included; None on a CPU without Linux and glibc.
 
-    For a process that has done other work: what lies freed in it is given back first, so that the call's own
-    memory is new to the process again.
+    For a process that has done other work: what lies freed in it is given back or taken first, so that the
+    call's own memory is new to the process again.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -53,12 +73,17 @@ def peak_of_a_call(work: Callable[[], object], device: str) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     if not Path("/proc/self/clear_refs").exists() or platform.libc_ver()[0] != "glibc":
         return None
-    ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
+    taken = _freed_memory_taken(libc)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
     before = _resident("VmRSS")
     keep = work()
+    peak = _resident("VmHWM")
     del keep
-    return max(0, _resident("VmHWM") - before)  # the kernel counts in batches of pages per thread
+    for block in taken:
+        libc.free(ctypes.c_void_p(block))
+    return max(0, peak - before)  # the kernel counts in batches of pages per thread
 
 
 def _step(module: torch.nn.Module, x: torch.Tensor) -> None:

@@ -1,6 +1,8 @@
 """``python -m bench reparam``: which rows there are, that they agree, and what is written."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -57,11 +59,22 @@ def test_implementations(name, training, inference):
 
 
 def test_peak_of_a_call():
-    def work():
-        return torch.ones(1 << 22)
+    """In a process of its own: what this one has freed, and where, depends on the tests before."""
+    code = """if True:
+        import torch
+        from bench import allocator, memory
 
-    peak = memory.peak_of_a_call(work, "cpu")
-    assert peak is not None and 0.9 <= peak / (4 << 22) <= 1.3
+        allocator.keep_freed_memory()
+        for held in (0, 5 << 20, 3 << 20):
+            keep, freed = torch.ones(1 << 18), torch.ones(held)
+            del freed
+            print(memory.peak_of_a_call(lambda: torch.ones(1 << 22), "cpu"))
+            del keep
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peaks = [int(line) / (4 << 22) for line in done.stdout.split()]
+    assert len(peaks) == 3 and all(0.9 <= peak <= 1.3 for peak in peaks), peaks
 
 
 def test_written_file(tmp_path, capsys):
