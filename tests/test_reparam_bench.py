@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import memory, reparam
+from bench import reparam
 from bench.__main__ import main
 
 FAMILIES = (
