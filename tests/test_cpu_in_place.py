@@ -63,6 +63,16 @@ CONTIGUOUS = [
     Case((2, 3, 17, 35), (3, 3), padding=(1, 1), stride=(2, 2)),
     Case((1, 4, 19, 20), (7, 7), padding=(3, 3), stride=(2, 2)),
     Case((2, 3, 11, 70), (3, 5), padding=(0, 4), stride=(1, 2), bias=False),
+    # Sums over several images, and over parts of one; groups of channels that are not full.
+    same((40, 3, 14, 14), (3, 3)),
+    Case((2, 17, 300, 20), (3, 3), padding=(1, 1), bias=False),
+    Case((3, 5, 13, 47), (2, 9), padding=(3, 2)),
+    same((2, 18, 16, 16), (11, 1)),
+    same((1, 3, 8, 34), (1, 11)),
+    Case((2, 4, 9, 12), (1, 1)),
+    Case((2, 6, 13, 18), (3, 3), padding=(1, 1), multiplier=3),
+    Case((2, 18, 22, 37), (7, 7), padding=(3, 3), stride=(2, 2), multiplier=2),
+    Case((1, 2, 20, 66), (1, 8), padding=(2, 5), stride=(2, 2)),
 ]
 
 all_passes = pytest.mark.parametrize("pass_name", accuracy.PASSES)

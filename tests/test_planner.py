@@ -161,8 +161,11 @@ def test_planar_says_why_not():
         assert not plan["possible"]
         return plan["reason"]
 
-    assert "backward_weight" in reason("backward_weight")
     assert "float64" in reason(dtype="float64")
+    assert "masked" in reason("backward_weight", isa="avx2")
+    for options in ({"stride": (1, 2)}, {"stride": (3, 3)}, {"dilation": (1, 2)}):
+        assert "stride" in reason("backward_weight", isa="avx512", **options)
+    assert "float32 and bfloat16" in reason("backward_weight", isa="avx512", dtype="float16")
     assert "row" in reason(channels_last=True)
     far = {"size": (1, 1, 9000, 9000), "kernel": (7, 7), "dilation": (900, 1), "padding": (2700, 3)}
     assert "memory" in reason(isa="avx2", **far)
@@ -256,10 +259,43 @@ def test_tasks_in_place_hold_whole_pixels():
 
     for dtype in ("float32", "bfloat16"):
         assert plan((3, 3), 256, dtype=dtype)["scratch_bytes"] == 4 * 9 * 256
-        assert plan((7, 7), 3072, dtype=dtype)["scratch_bytes"] <= 256 << 10
+        assert plan((7, 7), 3000, dtype=dtype)["scratch_bytes"] <= 256 << 10
         alone = plan((3, 3), 256, batch=1, dtype=dtype)
         spans = -(-4 * 9 * 256 // alone["scratch_bytes"])
         assert spans * -(-56 // alone["tile"][0]) >= 8, "four tasks for each thread"
+
+
+def test_pixels_in_one_cache_set_are_copied():
+    """Pixels 4096 bytes apart share a set of a first-level cache, which holds too few for large kernels."""
+
+    def in_place(kernel, channels, dtype="float32", pass_name="forward"):
+        shape = {"size": (8, channels, 14, 14), "kernel": kernel, "channels_last": True, "aten": False}
+        return of("direct", candidates(pass_name, **shape, dtype=dtype, isa="avx512"))["in_place"]
+
+    for channels in (960, 1040):
+        assert in_place((7, 7), channels) and in_place((7, 7), channels, pass_name="backward_weight")
+    for channels, dtype in ((1024, "float32"), (2048, "bfloat16")):
+        assert not in_place((7, 7), channels, dtype), "each tap costs more than a copy saves"
+        assert in_place((3, 3), channels, dtype), "few taps"
+        assert not in_place((3, 3), channels, dtype, "backward_weight")
+    assert in_place((7, 7), 1024, "bfloat16")
+
+
+def test_weight_gradients_of_contiguous_planes_are_summed_in_place():
+    def chosen(side, kernel, stride=1, channels=384, **options):
+        options = {"isa": "avx512", "padding": (kernel // 2,) * 2, "stride": (stride,) * 2, **options}
+        size = (8, channels, side, side)
+        return candidates("backward_weight", size=size, kernel=(kernel, kernel), **options)[0]
+
+    for dtype in ("float32", "bfloat16"):
+        for side in (14, 28, 56):
+            plan = chosen(side, 3, dtype=dtype)
+            assert plan["algorithm"] == "planar" and plan["in_place"] and plan["lanes"] == 16
+        assert chosen(40, 3, stride=2, dtype=dtype)["algorithm"] == "planar"
+        assert chosen(28, 5, dtype=dtype)["algorithm"] == chosen(28, 7, dtype=dtype)["algorithm"] == "direct"
+    assert chosen(14, 3, dtype="float16")["algorithm"] == "direct"
+    assert chosen(14, 3, channels_last=True)["algorithm"] == "direct"
+    assert chosen(14, 3, isa="avx2")["algorithm"] == "direct"
 
 
 def test_pytorch_is_not_asked_to_copy_whole_tensors():

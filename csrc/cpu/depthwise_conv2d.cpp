@@ -132,17 +132,17 @@ void depthwise_conv2d_backward_weight(const ConvParams& p, const TensorView& gra
   WeightProblem w = weight_problem(p);
   w.input = input, w.grad_output = grad_output, w.grad_weight = grad_weight;
   w.adjacent = adjacent_channels(p, input, grad_output);
+  w.rows = contiguous_rows(input, grad_output);
   const DType dtype = input.dtype;
   const Plan plan = choose_depthwise_conv2d(Pass::backward_weight, w, 1, dtype, m, own_kernels_only());
   const Kernels& k = *kernels_for(plan.isa);
   if (dtype == DType::f64)
-    run_weight<double>(w, plan, k.weight_direct_f64, k.weight_reduce_f64, parallel);
-  else
-    run_weight<float>(w, plan,
-                      plan.algorithm == Algorithm::toeplitz ? k.weight_toeplitz
+    return run_weight<double>(w, plan, k.weight_direct_f64, k.weight_reduce_f64, parallel);
+  const auto kernel = plan.algorithm == Algorithm::toeplitz ? k.weight_toeplitz
                       : plan.algorithm == Algorithm::fft    ? k.weight_fft
-                                                            : k.weight_direct_f32,
-                      k.weight_reduce_f32, parallel);
+                      : plan.algorithm == Algorithm::planar ? k.weight_planar
+                                                            : k.weight_direct_f32;
+  run_weight<float>(w, plan, kernel, k.weight_reduce_f32, parallel);
 }
 
 }  // namespace lkconv::cpu

@@ -4,17 +4,38 @@
 
 namespace lkconv::cpu::LKCONV_ISA {
 
+// What the next row of grad_output will read, asked for beside the products of this one: as many pixels at a
+// time as are multiplied. Distances are in bytes.
+struct RowsAhead {
+  const char *grad, *in;
+  int64_t grad_step, in_step, in_row;
+  int64_t rows, pixels;  // of the input that are new with each pixel of grad_output
+  int64_t left;          // of these pixels
+
+  LKCONV_INLINE void request(int64_t count) {
+    for (int64_t i = std::min(count, left); i > 0; --i, --left) {
+      __builtin_prefetch(grad, 0, 2);
+      grad += grad_step;
+      for (int64_t p = 0; p < pixels; ++p, in += in_step)
+        for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(in + r * in_row, 0, 2);
+    }
+  }
+};
+
 // How far pixels of grad_output and of the input are apart: in scratch ...
 template <class T>
 struct ScratchSteps {
   static constexpr int64_t grad() { return kLanes<T>; }
   static constexpr int64_t in() { return kLanes<T>; }
+  static constexpr void request(int64_t) {}
 };
 // ... and in tensors that are read where they are.
 struct TensorSteps {
   int64_t grad_step, in_step;
+  RowsAhead* ahead;
   LKCONV_INLINE int64_t grad() const { return grad_step; }
   LKCONV_INLINE int64_t in() const { return in_step; }
+  LKCONV_INLINE void request(int64_t count) const { ahead->request(count); }
 };
 
 // `Pixels` is a pointer to vectors of T, or to parts of vectors of another type (element_vectors.h).
@@ -23,6 +44,7 @@ struct TensorSteps {
 template <class T, int B, int kLeft, int kRight, int U, int V, class Pixels, class Steps>
 LKCONV_INLINE void correlate_block(Vec<T> (&a)[U][V], Pixels grad, Pixels in, int64_t in_row,
                                    const Steps& steps) {
+  steps.request(B);
   Vec<T> d[B];
 #pragma GCC unroll 8
   for (int i = 0; i < B; ++i, grad += steps.grad()) d[i] = load(grad);
@@ -44,6 +66,7 @@ LKCONV_INLINE void correlate_block(Vec<T> (&a)[U][V], Pixels grad, Pixels in, in
 template <class T, int U, int V, class Pixels, class Steps>
 LKCONV_INLINE void correlate_pixel(Vec<T> (&a)[U][V], Pixels grad, Pixels in, int64_t in_row, int64_t v0,
                                    int64_t v1, const Steps& steps) {
+  steps.request(1);
   const Vec<T> d = load(grad);
 #pragma GCC unroll 4
   for (int u = 0; u < U; ++u, in += in_row)

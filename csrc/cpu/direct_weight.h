@@ -101,7 +101,7 @@ void weight_reduce(const WeightProblem& p, const Plan& plan, T* partial, int64_t
     for (int64_t s = 1; s < plan.splits; ++s)
       add_vectors(sum, partial + (s * groups + g) * taps * plan.lanes, taps * plan.lanes / L);
     if constexpr (std::is_same_v<T, float>)
-      if (plan.in_place) {
+      if (plan.in_place && plan.algorithm == Algorithm::direct) {
         store_sums_in_place(p, sum, g);
         continue;
       }

@@ -95,12 +95,26 @@ void correlate_in_place(float* acc, int64_t taps, const RowPair<Pixels>& r) {
   }
 }
 
+// What the row of grad_output after the one at `grads` reads anew, from `in` on.
+template <class T>
+LKCONV_INLINE RowsAhead rows_ahead(const WeightProblem& p, const T* grads, const T* in) {
+  constexpr int64_t kSize = sizeof(T);
+  const TensorView &grad = p.grad_output, &input = p.input;
+  return {reinterpret_cast<const char*>(grads + grad.stride_h),
+          reinterpret_cast<const char*>(in),
+          grad.stride_w * kSize,
+          input.stride_w * kSize,
+          input.stride_h * kSize,
+          0,
+          p.stride_w,
+          0};
+}
+
 // The sums of one image for `count` groups from channel c0 on.
 template <class T>
 void correlate_image_in_place(const WeightProblem& p, float* sums, int64_t count, int64_t n, int64_t c0) {
   constexpr int64_t L = kElements<T>;
   const TensorView &in = p.input, &grad = p.grad_output;
-  const TensorSteps steps{grad.stride_w, in.stride_w};
   const bool request = requests_rows(p, in.dtype);
   const int64_t taps = p.kernel_h * p.kernel_w;
   zero(sums, count * taps * kFloatParts<T>);
@@ -108,15 +122,15 @@ void correlate_image_in_place(const WeightProblem& p, float* sums, int64_t count
     const int64_t top = y * p.stride_h - p.pad_h;
     int64_t u0, u1;
     clip_taps(top, top, p.height, p.kernel_h, p.dil_h, u0, u1);
-    const int64_t last = top + (p.kernel_h - 1) * p.dil_h;
+    const int64_t next = std::max<int64_t>(0, top + (p.kernel_h - 1) * p.dil_h + 1);
     for (int64_t g = 0; g < count && u0 < u1; ++g) {
       const int64_t c = std::min(c0 + g * L, p.channels - L);
       const T* grads = element<T>(grad, n, c, y);
       const T* image = element<T>(in, n, c, 0);
-      for (int64_t next = last + 1; request && next <= last + p.stride_h; ++next)
-        if (next >= 0 && next < p.height) request_pixels<0>(image + next * in.stride_h, in.stride_w, p.width);
-      if (request && y + 1 < p.out_height)
-        request_pixels<0>(grads + grad.stride_h, grad.stride_w, p.out_width);
+      RowsAhead ahead = rows_ahead(p, grads, image + next * in.stride_h);
+      ahead.rows = std::clamp<int64_t>(p.height - next, 0, p.stride_h);
+      ahead.left = request && y + 1 < p.out_height ? p.out_width : 0;
+      const TensorSteps steps{grad.stride_w, in.stride_w, &ahead};
       const T* rows = image + (top + u0 * p.dil_h) * in.stride_h - p.pad_w * in.stride_w;
       float* acc = sums + g * taps * L + u0 * p.kernel_w * kLanes<float>;
       const auto add = [&](auto grad, auto in_rows, float* to) {

@@ -37,6 +37,8 @@ struct Kernels {
   void (*forward_fft)(const ForwardProblem&, const Plan&, int64_t task0, int64_t task1);
   void (*weight_direct_f32)(const WeightProblem&, const Plan&, float* partial, int64_t task0, int64_t task1);
   void (*weight_direct_f64)(const WeightProblem&, const Plan&, double* partial, int64_t task0, int64_t task1);
+  // Null where there are no masked loads.
+  void (*weight_planar)(const WeightProblem&, const Plan&, float* partial, int64_t task0, int64_t task1);
   void (*weight_fft)(const WeightProblem&, const Plan&, float* partial, int64_t task0, int64_t task1);
   void (*weight_reduce_f32)(const WeightProblem&, const Plan&, float* partial, int64_t group0,
                             int64_t group1);

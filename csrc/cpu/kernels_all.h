@@ -8,6 +8,7 @@
 #include "direct_weight.h"
 #include "planar.h"
 #include "planar_in_place_task.h"
+#include "planar_weight.h"
 #include "fft.h"
 #include "fft_conv.h"
 #include "merge.h"
@@ -33,6 +34,11 @@ inline constexpr Kernels kKernels = {
     forward_fft,
     weight_direct<float>,
     weight_direct<double>,
+#if LKCONV_AVX512
+    weight_planar,
+#else
+    nullptr,
+#endif
     weight_fft,
     weight_reduce<float>,
     weight_reduce<double>,

@@ -10,6 +10,7 @@ struct Lanes {
   char* base[kLanes<T>];
   int count;        // lanes in use
   bool neighbours;  // base[l] is base[0] + l elements: one vector load takes all lanes
+  int reach;        // all lanes lie in so many elements from base[0] on, one vector at most; else 0
   DType dtype;
   int64_t stride_y, stride_x;  // in elements
 };
@@ -28,6 +29,9 @@ LKCONV_INLINE Lanes<T> make_lanes(const TensorView& t, int64_t n, int64_t c0, in
     lanes.base[l] = static_cast<char*>(t.data) + (n * t.stride_n + channel(c0 + l) * t.stride_c) * size;
     lanes.neighbours &= lanes.base[l] == lanes.base[0] + l * size;
   }
+  // Channels that a multiplier repeats are in order.
+  const int64_t last = t.stride_c == 1 ? channel(c0 + lanes.count - 1) - channel(c0) : kLanes<T>;
+  lanes.reach = last < kLanes<T> ? int(last) + 1 : 0;
   return lanes;
 }
 
@@ -120,6 +124,22 @@ void store_rows_scalar(const T* src, int64_t row_step, int64_t step, Vec<T> bias
     }
 }
 
+// Lanes that repeat the channels of one vector, as a channel multiplier has it. Unused lanes take the zero
+// behind the elements that are read.
+template <class T, class S>
+void load_rows_repeated(T* dst, int64_t row_step, int64_t step, const Lanes<T>& in, int64_t y0, int64_t y1,
+                        int64_t x0, int64_t x1) {
+  auto index = shuffle_index<T>([](int) { return 0; });
+  for (int l = 0; l < kLanes<T>; ++l)
+    index[l] = l < in.count ? (in.base[l] - in.base[0]) / int64_t(sizeof(S)) : in.reach;
+  for (int64_t y = y0; y < y1; ++y, dst += row_step) {
+    const S* p = reinterpret_cast<const S*>(in.base[0]) + y * in.stride_y + x0 * in.stride_x;
+    T* to = dst;
+    for (int64_t x = x0; x < x1; ++x, p += in.stride_x, to += step)
+      store(to, (Vec<T>)__builtin_shuffle(load_part(p, in.reach, T()), index));
+  }
+}
+
 template <class T, class S>
 void load_rows_as(T* dst, int64_t row_step, int64_t step, const Lanes<T>& in, int64_t y0, int64_t y1,
                   int64_t x0, int64_t x1) {
@@ -136,6 +156,7 @@ void load_rows_as(T* dst, int64_t row_step, int64_t step, const Lanes<T>& in, in
     }
     return;
   }
+  if (in.reach) return load_rows_repeated<T, S>(dst, row_step, step, in, y0, y1, x0, x1);
   if (in.stride_x != 1) return load_rows_scalar<T, S>(dst, row_step, step, in, y0, y1, x0, x1);
   const PixelRun run(y1 - y0, x1 - x0, in.stride_y);
   for (int64_t s = 0; s < run.segments; ++s) {

@@ -195,10 +195,11 @@ class PixelTask {
   const ForwardProblem& f_;
   const PixelKernels<T>& kernels_;
   const PlanarBlock block_;
-  const int64_t width_;              // columns of a block
-  const int64_t step_;               // from one of its rows to the next
-  const bool pairs_;                 // of planes in one vector
-  const int64_t lanes_, row_lanes_;  // see PixelBlock
+  const int64_t width_;      // columns of a block
+  const int64_t lanes_;      // see PixelBlock
+  const int64_t step_;       // from one of its rows to the next
+  const bool pairs_;         // of planes in one vector
+  const int64_t row_lanes_;  // see PixelBlock
   int64_t* columns_;
   Rows* rows_;
   int64_t row_blocks_, column_blocks_;

@@ -112,6 +112,61 @@ Count count_strided(const Geometry& g, const PlanarBlock& b, int64_t lanes) {
   return c;
 }
 
+// backward_weight, in the planner's terms for direct sums: their moves take half the cycles that kernels for
+// the other passes need for them, which is what all its algorithms are weighed by.
+constexpr double kWeightScale = 1.9;
+constexpr double kWeightLatency = 4;  // products that must be under way
+constexpr double kStridedPixels = 0.9, kWeightBlock = 10, kWeightCall = 45, kWeightVector = 3;
+constexpr int64_t kLongestSum = 256;  // products of a lane
+
+// Cycles for one plane: a call of planar_weight.h for each part of the kernel.
+double cycles_of_weight(const Geometry& g, const Plan& p) {
+  const double across = double(ceil_div(g.out_width, p.lanes));
+  const double blocks = across * double(ceil_div(g.out_height, kWeightBlockRows));
+  const double tiles = double(ceil_div(g.out_height, p.tile_h)) / double(p.images);
+  double cycles = 0;
+  for (int64_t u = 0, k; u < g.kernel_h; u += k) {
+    k = std::min(kMaxWeightRows, g.kernel_h - u);
+    int64_t pairs = 0;  // of rows of pixels and of outputs
+    for (int64_t j = u; j < u + k; ++j) {
+      const int64_t shift = j - g.pad_h;  // input row = y * stride + shift
+      const int64_t first = shift >= 0 ? 0 : ceil_div(-shift, g.stride_h);
+      const int64_t last = shift >= g.height ? -1 : (g.height - 1 - shift) / g.stride_h;
+      pairs += std::max<int64_t>(0, std::min(last, g.out_height - 1) - first + 1);
+    }
+    const int64_t width = even_part(g.kernel_w, weight_columns(k));
+    const double calls = double(ceil_div(g.kernel_w, width));
+    cycles += across * double(pairs * g.kernel_w) * std::max(1.0, kWeightLatency / double(k * width)) +
+              calls * (blocks * kWeightBlock + tiles * kWeightCall);
+    if (g.stride_w > 1)
+      cycles += calls * across * kStridedPixels * double(2 * (g.out_height * g.stride_h + k) + g.out_height);
+  }
+  const double vectors = double(g.height * g.width + g.out_height * g.out_width) / double(p.lanes);
+  return kWeightScale * (cycles + kWeightVector * vectors);
+}
+
+const char* planar_weight_plan(const Geometry& g, DType dtype, const Machine& m, Plan& plan) {
+  if (m.isa < Isa::avx512) return "its backward_weight needs masked loads: AVX-512";
+  if (dtype != DType::f32 && dtype != DType::bf16) return "its backward_weight reads float32 and bfloat16";
+  const bool unit = g.stride_h == 1 && g.stride_w == 1, two = g.stride_h == 2 && g.stride_w == 2;
+  if (!(unit || two) || g.dil_h != 1 || g.dil_w != 1)
+    return "its backward_weight takes strides of 1 or 2 without dilation";
+  plan.in_place = true;
+  const int64_t across = std::max<int64_t>(1, ceil_div(g.out_width, plan.lanes));
+  const int64_t blocks = std::max<int64_t>(1, kLongestSum / (kWeightBlockRows * across));
+  plan.tile_w = g.out_width;
+  plan.tile_h = std::max<int64_t>(1, std::min(g.out_height, blocks * kWeightBlockRows));
+  plan.images = std::max<int64_t>(1, kLongestSum / (plan.tile_h * across));
+  if (plan.tile_h < g.out_height) plan.images = 1;
+  plan.scratch_bytes = planar_weight_sizes(g).bytes;
+  if (plan.scratch_bytes > kMaxScratchBytes) return "its scratch memory would exceed the limit";
+  const double planes = double(g.batch * g.channels);
+  plan.flops = 2 * double(plan.lanes) * planes * double(ceil_div(g.out_width, plan.lanes) * g.out_height) *
+               double(g.kernel_h * g.kernel_w);
+  plan.cycles = planes * cycles_of_weight(g, plan);
+  return nullptr;
+}
+
 // Output rows per task: the window stays in the nearest cache unless its halo would be most of it.
 int64_t tile_rows(const Geometry& g, const PlanarBlock& b, int64_t row_bytes) {
   const int64_t halo = std::max<int64_t>(0, g.kernel_h - 1) * g.dil_h + 1;
@@ -221,14 +276,21 @@ PixelSizes pixel_sizes(const Geometry& g, const Plan& plan) {
   return s;
 }
 
+PlanarWeightSizes planar_weight_sizes(const Geometry& g) {
+  constexpr int64_t kLanesF = 16;
+  const int64_t sums = round_up(g.kernel_h * g.kernel_w, kLanesF) * kLanesF;
+  const int64_t columns = ceil_div(g.out_width, kLanesF) * g.kernel_w;
+  return {sums, kLanesF * sums * int64_t(sizeof(float)) + columns * 5 * int64_t(sizeof(uint32_t))};
+}
+
 const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
                         Plan& plan) {
   plan.algorithm = Algorithm::planar;
   plan.isa = m.isa;
   plan.lanes = m.lanes_f32;
-  if (pass == Pass::backward_weight) return "it has no backward_weight";
   if (dtype == DType::f64) return "float64 is summed by channels";
   if (!g.rows) return "the pixels of a row are not neighbours in memory";
+  if (pass == Pass::backward_weight) return planar_weight_plan(g, dtype, m, plan);
   plan.tile_w = g.out_width;
   double best = std::numeric_limits<double>::infinity();
   for (int64_t i = 0; i < planar_blocks(m.many_registers); ++i) {

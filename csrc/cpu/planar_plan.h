@@ -80,6 +80,17 @@ struct PixelSizes {
 };
 PixelSizes pixel_sizes(const Geometry& g, const Plan& plan);
 
+// planar_weight.h: rows of outputs in registers, kernel rows of one call, and columns of taps beside so many.
+constexpr int64_t kWeightBlockRows = 7;
+constexpr int64_t kMaxWeightRows = 3;
+constexpr int64_t weight_columns(int64_t rows) { return rows == 1 ? 8 : 4; }
+
+// One thread's scratch: floats of one channel's sums, and bytes in all.
+struct PlanarWeightSizes {
+  int64_t sums, bytes;
+};
+PlanarWeightSizes planar_weight_sizes(const Geometry& g);
+
 const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
                         Plan& plan);
 

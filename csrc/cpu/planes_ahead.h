@@ -22,6 +22,11 @@ class PlanesAhead {
     in_.template request<0>(in, step);
     out_.template request<1>(out, step);
   }
+  // The same where both tensors are read.
+  LKCONV_INLINE void request_both(const T* a, const T* b, int64_t step) const {
+    in_.template request<0>(a, step);
+    out_.template request<0>(b, step);
+  }
 
  private:
   static constexpr int64_t kAheadBytes = 8 << 10;  // at least so far, if planes are smaller

@@ -28,6 +28,10 @@ constexpr int64_t kAtenFarBytes = 6 << 20;
 constexpr double kLeastFftProducts = 16;  // a transform's rounding errors exceed those of so short a sum
 constexpr int64_t kBatchPixels = 224;     // outputs computed between loading and storing
 constexpr double kSplitPixel = 2.5, kRoundSums = 14;  // operations on a vector of bfloat16 read in place
+// Pixels this far apart share one set of a first-level cache, which holds fewer than a block of outputs
+// reads: each tap costs so many times as much, in the passes that write a tensor and in backward_weight.
+constexpr int64_t kAliasedBytes = 4096;
+constexpr double kAliasedTap[2] = {1.5, 4.5};
 
 // Cycles, fitted to timings of the layers of real models. Pairs are channels_last, contiguous.
 struct Costs {
@@ -185,6 +189,8 @@ double column_pairs(Pass pass, const Geometry& g, bool in_place) {
   return double(g.out_width * std::min(g.kernel_w, (g.width + 13) / g.dil_w + 1)) - edges;
 }
 
+bool aliased(const Geometry& g, DType dtype) { return g.channels * dtype_size(dtype) % kAliasedBytes == 0; }
+
 double cycles_of_tap(Pass pass, const Geometry& g, bool in_place, const Costs& c) {
   if (in_place && !narrow_rows(g)) return c.wide_tap;
   const bool shared = in_place ? pass != Pass::backward_weight || g.stride_w == 1
@@ -192,7 +198,8 @@ double cycles_of_tap(Pass pass, const Geometry& g, bool in_place, const Costs& c
   return shared ? c.tap : c.strided_tap;
 }
 
-void estimate_direct(Pass pass, const Geometry& g, int64_t reduce, int64_t parts, const Machine& m, Plan& p) {
+void estimate_direct(Pass pass, const Geometry& g, int64_t reduce, DType dtype, int64_t parts,
+                     const Machine& m, Plan& p) {
   const double rows =
       double(in_bounds_pairs(g.height, g.out_height, g.kernel_h, g.stride_h, g.pad_h, g.dil_h));
   const double columns =
@@ -204,7 +211,8 @@ void estimate_direct(Pass pass, const Geometry& g, int64_t reduce, int64_t parts
   p.flops = 2 * rows * columns * double(reduce) * double(g.batch * g.channels);
   const Costs& c = costs_on(m);
   const double move = p.in_place ? c.in_place_move : (g.phases > 1 ? c.phase_move : c.move)[!g.adjacent];
-  p.cycles = vectors * cycles_of_tap(pass, g, p.in_place, c) + move * pixels +
+  const double conflicts = p.in_place && aliased(g, dtype) ? kAliasedTap[pass == Pass::backward_weight] : 1;
+  p.cycles = vectors * conflicts * cycles_of_tap(pass, g, p.in_place, c) + move * pixels +
              double(groups * g.kernel_h * g.kernel_w) * c.kernel_tap;
   if (pass == Pass::backward_weight) p.cycles += 0.1 * vectors;
   if (!p.in_place || parts < 2) return;
@@ -213,28 +221,26 @@ void estimate_direct(Pass pass, const Geometry& g, int64_t reduce, int64_t parts
   p.cycles += c.tap * (vectors + outputs * (kSplitPixel * double(g.kernel_h) + round));
 }
 
-// A plan whose groups hold `parts` vectors of floats, or none whose tensors are read in place.
-Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m, int64_t parts) {
+// The plan whose tensors are read in place, in groups of `parts` vectors of floats, or the one with windows.
+Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m, bool in_place) {
+  const int64_t parts = in_place ? parts_in_place(dtype, m) : 0;
   Plan p;
   p.algorithm = Algorithm::direct;
   p.isa = m.isa;
   const bool wide = dtype == DType::f64;
   p.lanes = wide ? m.lanes_f64 : m.lanes_f32 * std::max<int64_t>(1, parts);
   choose_windows(pass, g, reduce, p.lanes * (wide ? 8 : 4), m, p);
-  if (parts) {
-    Plan in_place = p;
-    choose_in_place(pass, g, reduce, m, parts, in_place);
-    if (in_place.in_place) p = in_place;
-  }
-  estimate_direct(pass, g, reduce, parts, m, p);
+  if (parts) choose_in_place(pass, g, reduce, m, parts, p);
+  estimate_direct(pass, g, reduce, dtype, parts, m, p);
   return p;
 }
 
 Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
-  const int64_t parts = parts_in_place(dtype, m);
-  if (parts == 2)
-    if (const Plan p = direct_plan(pass, g, reduce, dtype, m, parts); p.in_place) return p;
-  return direct_plan(pass, g, reduce, dtype, m, parts == 1);
+  const Plan windows = direct_plan(pass, g, reduce, dtype, m, false);
+  if (!parts_in_place(dtype, m)) return windows;
+  const Plan in_place = direct_plan(pass, g, reduce, dtype, m, true);
+  const bool better = in_place.in_place && (!aliased(g, dtype) || in_place.cycles < windows.cycles);
+  return better ? in_place : windows;
 }
 
 struct AxisChoice {
@@ -319,6 +325,10 @@ const char* planar_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType 
                             const Switches&, Plan& p) {
   if (const char* declined = planar_plan(pass, g, reduce, dtype, m, p)) return declined;
   const Costs& c = costs_on(m);
+  if (pass == Pass::backward_weight) {
+    p.cycles *= c.planar;
+    return nullptr;
+  }
   const double vectors = double(reduce * g.height * ceil_div(g.width, m.lanes_f32)) / double(g.phases) +
                          double(g.out_height * ceil_div(g.out_width, m.lanes_f32));
   const double move = planar_pairs(g, reduce, p) ? c.pixel_move / 2

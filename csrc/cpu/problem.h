@@ -23,12 +23,12 @@ struct Plan {
   int64_t span = 1;                // direct: channel groups handled together
   int64_t block = 0;               // planar: which of kPlanarBlocks; direct: outputs per block, if in place
   bool in_place = false;           // direct: the input is read where it is
-  int64_t images = 1;              // toeplitz: images per task (forward) or chunk (backward_weight)
-  int64_t fft_h = 0, fft_w = 0;    // fft: transform lengths
-  int64_t splits = 1;              // backward_weight: parts of the batch summed separately, then in order
-  int64_t scratch_bytes = 0;       // per thread
-  double flops = 0;                // floating-point operations the algorithm runs
-  double cycles = 0;               // the planner's estimate on one core
+  int64_t images = 1;  // summed together: toeplitz: in a task (forward) or chunk; planar: in backward_weight
+  int64_t fft_h = 0, fft_w = 0;  // fft: transform lengths
+  int64_t splits = 1;            // backward_weight: parts of the batch summed separately, then in order
+  int64_t scratch_bytes = 0;     // per thread
+  double flops = 0;              // floating-point operations the algorithm runs
+  double cycles = 0;             // the planner's estimate on one core
 };
 
 constexpr int64_t kMaxSpan = 8;

@@ -1,0 +1,288 @@
+// backward_weight of tensors whose rows are read in place: lanes are neighbouring outputs of a row, sums
+// belong to taps. A vector of pixels is loaded once for all the kernel rows that meet it, so a block of Y
+// rows of outputs takes (Y + K - 1) V + Y loads for the Y K V multiply-adds of K rows of V taps. A product
+// counts only where both its output and its pixel exist, as PyTorch's zeros of the halo never meet a
+// gradient. For a stride of 1 or 2 in both directions and no dilation.
+#pragma once
+
+#include "planar_strided.h"
+
+namespace lkconv::cpu::LKCONV_ISA {
+
+#if LKCONV_AVX512
+
+// What one column of taps meets in one block of columns: the lanes whose pixel and output exist, and which of
+// the pixels from that column on exist, as many as two blocks would read.
+struct TapColumn {
+  ElementMask pairs;
+  DealtMasks pixels, next;
+};
+
+// Rows of one channel's grad_output, in some images, and the pixels of the input that the kernel's first row
+// and column of this call meet.
+template <class T>
+struct PlanePair {
+  const T *grad, *in;
+  int64_t images, grad_image, in_image;
+  int64_t grad_row, in_row;
+  int64_t first, height;  // the image's row at `in`, and how many rows there are
+  int64_t rows, columns;  // of grad_output
+  const TapColumn* taps;  // [block of columns][kernel_w], from the first column of this call on
+  int64_t taps_of_block;
+  float* sums;  // [kernel rows][kernel_w] vectors
+  int64_t sums_of_row;
+  // Planes whose successors are asked for beside these sums, if any, from step `step` on.
+  const PlanesAhead<T>* ahead;
+  const T *grad_plane, *in_plane;
+  int64_t step;
+};
+
+LKCONV_INLINE Vec<float> add_product(Vec<float> sum, Vec<float> a, Vec<float> b, ElementMask pairs) {
+  return (Vec<float>)_mm512_mask3_fmadd_ps((__m512)a, (__m512)b, (__m512)sum, __mmask16(pairs));
+}
+
+// kLanes<float> elements of [a b] from element kFrom on.
+template <int kFrom>
+LKCONV_INLINE Vec<float> shifted(Vec<float> a, Vec<float> b) {
+  if constexpr (kFrom == 0) return a;
+  return (Vec<float>)_mm512_alignr_epi32((__m512i)b, (__m512i)a, kFrom);
+}
+template <int kStride, class T, int V, int... v>
+LKCONV_INLINE void shift_columns(Vec<float> (&p)[V], const Vec<float> (&first)[kStride],
+                                 const Vec<float> (&next)[kStride], std::integer_sequence<int, v...>) {
+  ((p[v] = shifted<v / kStride>(first[v % kStride], next[v % kStride])), ...);
+}
+
+// The pixels of V columns of taps in one row of the image: of whole rows loaded once, as most loads would
+// cross a cache line. `wide`: whether a column's pixels reach into the next block's.
+template <int V, int kStride, class T>
+LKCONV_INLINE void load_columns(Vec<float> (&p)[V], const T* in, const TapColumn& taps, bool wide) {
+  constexpr int L = kLanes<float>;
+  Vec<float> first[kStride], next[kStride] = {};
+  if constexpr (kStride == 1) {
+    first[0] = load_as_floats(in, taps.pixels.low);
+    if (V > 1 && wide) next[0] = load_as_floats(in + L, taps.pixels.high);
+  } else {
+    load_dealt(first[0], first[1], in, taps.pixels);
+    if (V > 2 && wide) load_dealt(next[0], next[1], in + 2 * L, taps.next);
+  }
+  shift_columns<kStride, T>(p, first, next, std::make_integer_sequence<int, V>());
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) keep(p[v]);
+}
+
+// One block of `rows` rows, all Y of them if kWhole, by one vector of outputs.
+template <bool kWhole, int K, int V, int kStride, class T>
+LKCONV_INLINE void correlate_planes_block(Vec<float> (&a)[K][V], const T* grad, int64_t grad_row,
+                                          int64_t rows, ElementMask outputs, const T* in, int64_t in_row,
+                                          uint32_t inside, const TapColumn* columns) {
+  constexpr int Y = int(kWeightBlockRows);
+  ElementMask pairs[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) pairs[v] = columns[v].pairs;
+  const TapColumn taps = columns[0];
+  const bool wide = outputs >> (kLanes<float> - (V - 1) / kStride);
+  Vec<float> g[Y];
+#pragma GCC unroll 8
+  for (int y = 0; y < Y; ++y, grad += grad_row)
+    g[y] = kWhole || y < rows ? load_as_floats(grad, outputs) : Vec<float>{};
+#pragma GCC unroll 32
+  for (int i = 0; i < (Y - 1) * kStride + K; ++i, in += in_row) {
+    if (!(inside & (1u << i))) continue;
+    Vec<float> p[V];
+    load_columns<V, kStride>(p, in, taps, wide);
+#pragma GCC unroll 8
+    for (int u = 0; u < K; ++u) {
+      const int y = (i - u) / kStride;
+      if (i < u || (i - u) % kStride || y >= Y || !(kWhole || y < rows)) continue;
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) a[u][v] = add_product(a[u][v], g[y], p[v], pairs[v]);
+    }
+  }
+}
+
+// The sums of one image's rows.
+template <int K, int V, int kStride, class T>
+LKCONV_INLINE void correlate_planes_image(Vec<float> (&a)[K][V], const PlanePair<T>& r, int64_t image) {
+  constexpr int Y = int(kWeightBlockRows), L = kLanes<float>;
+  const T *grad_rows = r.grad + image * r.grad_image, *in_rows = r.in + image * r.in_image;
+  for (int64_t y = 0; y < r.rows; y += Y) {
+    if (r.ahead)
+      r.ahead->request_both(r.in_plane + image * r.in_image, r.grad_plane + image * r.grad_image,
+                            r.step + y / Y);
+    const int64_t rows = std::min<int64_t>(Y, r.rows - y), top = y * kStride;
+    const uint32_t rows_inside = bits_inside(r.first + top, 1, r.height, (rows - 1) * kStride + K);
+    const TapColumn* taps = r.taps;
+    for (int64_t x = 0; x < r.columns; x += L, taps += r.taps_of_block) {
+      const T *grad = grad_rows + y * r.grad_row + x, *in = in_rows + top * r.in_row + x * kStride;
+      const ElementMask outputs = first_elements(std::min<int64_t>(L, r.columns - x));
+      const uint32_t inside = in_register(rows_inside);
+      if (rows == Y)
+        correlate_planes_block<true, K, V, kStride>(a, grad, r.grad_row, rows, outputs, in, r.in_row, inside,
+                                                    taps);
+      else
+        correlate_planes_block<false, K, V, kStride>(a, grad, r.grad_row, rows, outputs, in, r.in_row, inside,
+                                                     taps);
+    }
+  }
+}
+
+template <class T, int K, int V, int kStride>
+void correlate_planes(const PlanePair<T>& r) {
+  constexpr int L = kLanes<float>;
+  Vec<float> a[K][V] = {};
+  for (int64_t n = 0; n < r.images; ++n) {
+    if (r.ahead) r.ahead->request_both(r.in_plane + n * r.in_image, r.grad_plane + n * r.grad_image, r.step);
+    correlate_planes_image<K, V, kStride>(a, r, n);
+  }
+#pragma GCC unroll 4
+  for (int u = 0; u < K; ++u)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      float* to = r.sums + u * r.sums_of_row + v * L;
+      store(to, load(to) + a[u][v]);
+    }
+}
+
+template <class T>
+using PlaneKernel = void(const PlanePair<T>&);
+template <class T, int kStride, int K, int... V>
+LKCONV_INLINE PlaneKernel<T>* const* plane_kernels(std::integer_sequence<int, V...>) {
+  static constexpr PlaneKernel<T>* kTable[] = {correlate_planes<T, K, V + 1, kStride>...};
+  return kTable;
+}
+template <class T, int kStride>
+LKCONV_INLINE PlaneKernel<T>* plane_kernel(int64_t rows, int64_t columns) {
+  const auto of = [&](auto k) {
+    constexpr int K = decltype(k)::value;
+    return plane_kernels<T, kStride, K>(
+        std::make_integer_sequence<int, int(weight_columns(K))>())[columns - 1];
+  };
+  return rows == 1   ? of(std::integral_constant<int, 1>())
+         : rows == 2 ? of(std::integral_constant<int, 2>())
+                     : of(std::integral_constant<int, 3>());
+}
+
+template <class T>
+class PlanarWeightTask {
+ public:
+  PlanarWeightTask(const WeightProblem& p, const Plan& plan)
+      : p_(p),
+        plan_(plan),
+        taps_(p.kernel_h * p.kernel_w),
+        groups_(channel_groups(p.channels, plan)),
+        ahead_(p.input, p.height * p.width, p.grad_output, p.out_height * p.out_width, p.batch * p.channels,
+               ceil_div(p.out_height, kWeightBlockRows)) {
+    const PlanarWeightSizes s = planar_weight_sizes(p);
+    char* at = static_cast<char*>(thread_scratch_bytes(size_t(s.bytes)));
+    sums_ = reinterpret_cast<float*>(at);
+    sums_of_channel_ = s.sums;
+    columns_ = reinterpret_cast<TapColumn*>(at + plan.lanes * s.sums * int64_t(sizeof(float)));
+    TapColumn* column = columns_;
+    for (int64_t x = 0; x < p.out_width; x += kLanes<float>)
+      for (int64_t v = 0; v < p.kernel_w; ++v) *column++ = tap_column(x, v);
+  }
+
+  // Writes partial[split][group][tap][lane], lanes being channels as in weight_direct.
+  void run(float* partial, int64_t task) const {
+    constexpr int64_t L = kLanes<float>;
+    const int64_t group = task / plan_.splits, split = task % plan_.splits, c0 = group * L;
+    const int64_t count = std::min(L, p_.channels - c0);
+    zero(sums_, count * sums_of_channel_ / L);
+    const int64_t n0 = p_.batch * split / plan_.splits, n1 = p_.batch * (split + 1) / plan_.splits;
+    for (int64_t n = n0; n < n1; n += plan_.images)
+      for (int64_t c = 0; c < count; ++c)
+        add_planes(n, std::min(plan_.images, n1 - n), c0 + c, sums_ + c * sums_of_channel_);
+    float* to = partial + (split * groups_ + group) * taps_ * L;
+    zero(to, taps_);
+    for (int64_t c = 0; c < count; ++c) add_lanes(to + c, sums_ + c * sums_of_channel_);
+  }
+
+ private:
+  TapColumn tap_column(int64_t x, int64_t v) const {
+    const int64_t stride = p_.stride_w, first = x * stride + v - p_.pad_w, L = kLanes<float>;
+    const int64_t outputs = std::min(L, p_.out_width - x);
+    const ElementMask pairs = bits_inside(first, stride, p_.width, outputs);
+    if (stride == 1)
+      return {pairs, {bits_inside(first, 1, p_.width, L), bits_inside(first + L, 1, p_.width, L)}};
+    return {pairs, dealt_masks<T>(first, p_.width), dealt_masks<T>(first + 2 * L, p_.width)};
+  }
+
+  // Tiles of rows are summed apart, so that no sum grows long.
+  void add_planes(int64_t n, int64_t images, int64_t c, float* sums) const {
+    PlanePair<T> r{};
+    r.in_plane = element<T>(p_.input, n, c / p_.channel_div, 0);
+    r.grad_plane = element<T>(p_.grad_output, n, c, 0);
+    r.images = images, r.grad_image = p_.grad_output.stride_n, r.in_image = p_.input.stride_n;
+    r.grad_row = p_.grad_output.stride_h, r.in_row = p_.input.stride_h;
+    r.height = p_.height, r.columns = p_.out_width;
+    r.taps_of_block = p_.kernel_w, r.sums_of_row = p_.kernel_w * kLanes<float>;
+    for (int64_t y = 0; y < p_.out_height; y += plan_.tile_h) {
+      r.rows = std::min(plan_.tile_h, p_.out_height - y);
+      r.grad = r.grad_plane + y * r.grad_row;
+      r.ahead = &ahead_, r.step = y / kWeightBlockRows;
+      add_rows(r, y * p_.stride_h - p_.pad_h, sums);
+    }
+  }
+
+  // Every tap of a tile of rows, the first of which meets the image's row `top`.
+  void add_rows(PlanePair<T>& r, int64_t top, float* sums) const {
+    for (int64_t u = 0, k; u < p_.kernel_h; u += k) {
+      k = std::min(kMaxWeightRows, p_.kernel_h - u);
+      r.first = top + u;
+      const int64_t width = even_part(p_.kernel_w, weight_columns(k));
+      for (int64_t v = 0, count; v < p_.kernel_w; v += count) {
+        count = std::min(width, p_.kernel_w - v);
+        r.in = r.in_plane + r.first * r.in_row + v - p_.pad_w;
+        r.taps = columns_ + v;
+        r.sums = sums + (u * p_.kernel_w + v) * kLanes<float>;
+        (p_.stride_w == 1 ? plane_kernel<T, 1>(k, count) : plane_kernel<T, 2>(k, count))(r);
+        r.ahead = nullptr;
+      }
+    }
+  }
+
+  // The sums' lanes added up: one channel's lane of every tap.
+  void add_lanes(float* to, const float* sums) const {
+    constexpr int L = kLanes<float>;
+    for (int64_t tap = 0; tap < taps_; tap += L) {
+      Vec<float> r[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) r[i] = load(sums + (tap + i) * L);
+      transpose<float>(r);
+#pragma GCC unroll 4
+      for (int half = L / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) r[i] += r[i + half];
+      float total[L];
+      store(total, r[0]);
+      for (int64_t i = 0; i < std::min<int64_t>(L, taps_ - tap); ++i) to[(tap + i) * L] = total[i];
+    }
+  }
+
+  const WeightProblem& p_;
+  const Plan& plan_;
+  const int64_t taps_, groups_;
+  const PlanesAhead<T> ahead_;
+  float* sums_;
+  int64_t sums_of_channel_;  // elements, whole squares of vectors
+  TapColumn* columns_;       // [block of columns][kernel_w]
+};
+
+template <class T>
+void weight_planar_of(const WeightProblem& p, const Plan& plan, float* partial, int64_t task0,
+                      int64_t task1) {
+  const PlanarWeightTask<T> task(p, plan);
+  for (int64_t i = task0; i < task1; ++i) task.run(partial, i);
+}
+
+// Task = (group of channels, split of the batch).
+inline void weight_planar(const WeightProblem& p, const Plan& plan, float* partial, int64_t task0,
+                          int64_t task1) {
+  (p.input.dtype == DType::f32 ? weight_planar_of<float> : weight_planar_of<bf16>)(p, plan, partial, task0,
+                                                                                   task1);
+}
+
+#endif
+
+}  // namespace lkconv::cpu::LKCONV_ISA
