@@ -116,14 +116,9 @@ class PhaseTask {
   void run(int64_t n, int64_t c) const {
     const ForwardProblem& f = p_.phase(0, 0);
     const T* in = element<T>(f.input, n, f.input_channel(c, 0), 0);
-    T* out = element<T>(f.output, n, c, 0);
+    const Plane plane{in, element<T>(f.output, n, c, 0), c};
     int64_t step = 0;
-    for (int64_t ry = 0; ry < p_.phases_h; ++ry)
-      for (int64_t y = 0; y < p_.phase(ry, 0).out_height; y += kStridedRows)
-        for (int64_t b = 0; b < blocks_; ++b) {
-          ahead_.request(in, out, step++);
-          sum_block(n, c, ry, y, b);
-        }
+    for (int64_t ry = 0; ry < p_.phases_h; ++ry) step = sum_rows(n, plane, ry, step);
   }
 
  private:
@@ -139,28 +134,50 @@ class PhaseTask {
     return blocks;
   }
 
-  void sum_block(int64_t n, int64_t c, int64_t ry, int64_t y, int64_t b) const {
-    const ForwardProblem& f = p_.phase(ry, 0);
-    const int64_t kernel_h = std::max(f.kernel_h, p_.phase(ry, 1).kernel_h);
-    const int64_t rows = std::min<int64_t>(kStridedRows, f.out_height - y);
-    PixelBlock<T> blocks[2];
-    for (int64_t x = 0; x < 2; ++x) {
-      const ForwardProblem& phase = p_.phase(ry, x);
-      PixelBlock<T>& r = blocks[x] = {};
-      r.first = y - phase.pad_h, r.in_row = phase.input.stride_h;
-      r.in =
-          element<T>(phase.input, n, phase.input_channel(c, 0), 0) + r.first * r.in_row + b * kLanes<float>;
-      r.inside = bits_inside(r.first, 1, phase.height, kStridedRows + kernel_h - 1);
-      r.columns = columns_[x].columns, r.count = phase.kernel_h ? phase.kernel_w : 0;
-      r.masks = columns_[x].masks + b * phase.kernel_w;
-      r.taps = element<T>(phase.weight, 0, phase.weight_channel(c, 0), 0);
-      r.tap_row = phase.weight.stride_h, r.tap_column = phase.weight.stride_w;
+  struct Plane {
+    const T* in;
+    T* out;
+    int64_t c;
+  };
+
+  // What all blocks of one plane and row phase share.
+  PixelBlock<T> block_of(const ForwardProblem& phase, int64_t x, int64_t c) const {
+    PixelBlock<T> r{};
+    r.in_row = phase.input.stride_h;
+    r.columns = columns_[x].columns, r.count = phase.kernel_h ? phase.kernel_w : 0;
+    r.taps = element<T>(phase.weight, 0, phase.weight_channel(c, 0), 0);
+    r.tap_row = phase.weight.stride_h, r.tap_column = phase.weight.stride_w;
+    return r;
+  }
+
+  // The blocks of one row phase; returns the step after them.
+  int64_t sum_rows(int64_t n, const Plane& plane, int64_t ry, int64_t step) const {
+    const ForwardProblem &even = p_.phase(ry, 0), &odd = p_.phase(ry, 1);
+    const int64_t kernel_h = std::max(even.kernel_h, odd.kernel_h);
+    const auto kernel =
+        interleaved_kernel<T>(std::max<int64_t>(1, kernel_h), std::make_integer_sequence<int, kMaxTaps>());
+    PixelBlock<T> r[] = {block_of(even, 0, plane.c), block_of(odd, 1, plane.c)};
+    const int64_t pads[] = {even.pad_h, odd.pad_h}, widths[] = {even.kernel_w, odd.kernel_w};
+    T* out = element<T>(even.output, n, plane.c, 0);
+    r[0].out_row = even.output.stride_h;
+    for (int64_t y = 0; y < even.out_height; y += kStridedRows) {
+      r[0].rows = std::min<int64_t>(kStridedRows, even.out_height - y);
+      for (int x = 0; x < 2; ++x) {
+        r[x].first = y - pads[x];
+        r[x].inside = bits_inside(r[x].first, 1, even.height, kStridedRows + kernel_h - 1);
+      }
+      for (int64_t b = 0; b < blocks_; ++b) {
+        ahead_.request(plane.in, plane.out, step++);
+        for (int x = 0; x < 2; ++x) {
+          r[x].in = plane.in + r[x].first * r[x].in_row + b * kLanes<float>;
+          r[x].masks = columns_[x].masks + b * widths[x];
+        }
+        r[0].out = out + y * r[0].out_row + 2 * b * kLanes<float>;
+        const int64_t width = even.out_width + odd.out_width - 2 * b * kLanes<float>;
+        kernel(r[0], r[1], std::min<int64_t>(width, 2 * kLanes<float>));
+      }
     }
-    blocks[0].rows = rows, blocks[0].out_row = f.output.stride_h;
-    blocks[0].out = element<T>(f.output, n, c, y) + 2 * b * kLanes<float>;
-    const int64_t width = f.out_width + p_.phase(ry, 1).out_width - 2 * b * kLanes<float>;
-    interleaved_kernel<T>(std::max<int64_t>(1, kernel_h), std::make_integer_sequence<int, kMaxTaps>())(
-        blocks[0], blocks[1], std::min<int64_t>(width, 2 * kLanes<float>));
+    return step;
   }
 
   const PlanarProblem& p_;
