@@ -10,6 +10,7 @@
 
 #include "depthwise_conv2d.h"
 #include "group_mix.h"
+#include "machine.h"
 
 namespace lkconv::cpu {
 
@@ -53,17 +54,17 @@ struct Workers {
 };
 
 // Whether 512-bit vectors pay for segments of `segment` channels: once a segment fills one, and, on
-// processors that split them into halves (those without AMX), unless they leave half a vector empty.
-inline bool wants_512_bits(Isa isa, int64_t segment) {
+// processors not known to run as many of them as of 256 bits, unless they leave half a vector empty.
+inline bool wants_512_bits(Isa isa, int64_t segment, bool whole) {
   const int64_t rest = segment % 16;
-  return isa == Isa::amx ? segment >= 16 : isa == Isa::avx512 && segment >= 16 && (rest == 0 || rest > 8);
+  return isa >= Isa::avx512 && segment >= 16 && (whole || rest == 0 || rest > 8);
 }
 
 template <class T>
 const GroupMixKernels<T>& group_mix_kernels(Isa isa, int64_t segment) {
-  const GroupMixTable* table = wants_512_bits(isa, segment) ? group_mix_avx512()
-                               : isa >= Isa::avx2           ? group_mix_avx2()
-                                                            : group_mix_baseline();
+  const GroupMixTable* table = wants_512_bits(isa, segment, whole_512_bits()) ? group_mix_avx512()
+                               : isa >= Isa::avx2                             ? group_mix_avx2()
+                                                                              : group_mix_baseline();
   if constexpr (std::is_same_v<T, double>)
     return table->f64;
   else
