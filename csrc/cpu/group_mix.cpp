@@ -26,6 +26,7 @@ template <class T>
 struct Packed {
   int64_t segment, padded, lanes;
   Buffer<T> depthwise[kKinds], flipped[kKinds], in_out[kKinds], out_in[kKinds];
+  Buffer<Bf16Pair> pairs[kKinds];
   Buffer<T> scale, shift, layer_norm;
 
   Packed(int64_t d, int64_t kernel_lanes)
@@ -100,11 +101,15 @@ struct Packed {
     for (int64_t kind = 1; kind < kKinds; ++kind) {
       pack_depthwise(kind, w.depthwise[kind - 1], backward);
       pack_pointwise(kind, w.pointwise[kind - 1], k, backward);
+      if (!k.pack_pairs || backward) continue;
+      pairs[kind] = Buffer<Bf16Pair>(depth(kind) / 2 * padded);
+      k.pack_pairs(pairs[kind].get(), in_out[kind].get(), depth(kind), padded);
     }
   }
 
   MixWeights<T> weights(int64_t kind) const {
-    return {depthwise[kind].get(), flipped[kind].get(), in_out[kind].get(), out_in[kind].get()};
+    return {depthwise[kind].get(), flipped[kind].get(), in_out[kind].get(), pairs[kind].get(),
+            out_in[kind].get()};
   }
 };
 
@@ -162,11 +167,11 @@ AggregateProblem<T> problem_of(const AggregateTensors<T>& t, const Packed<T>& pa
 template <class T>
 void GroupMix<T>::aggregate(const AggregateTensors<T>& t, const AggregateWeights<T>& w, Isa isa,
                             const Workers& workers) {
-  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment);
+  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   Packed<T> packed(t.segment, k.lanes);
   packed.pack_mixing(w, k, false);
   packed.fold_norms(w);
-  for (int64_t kind = 1; kind < kMixed; ++kind)
+  for (int64_t kind = 1; kind < kMixed && !k.pack_pairs; ++kind)
     for (int64_t i = 0; i < packed.padded; ++i)
       for (int64_t o = 0; o < packed.padded; ++o)
         packed.in_out[kind][i * packed.padded + o] *= packed.scale[kind * packed.padded + o];
@@ -179,7 +184,7 @@ void GroupMix<T>::aggregate(const AggregateTensors<T>& t, const AggregateWeights
 template <class T>
 void GroupMix<T>::mix(const AggregateTensors<T>& t, const AggregateWeights<T>& w, T* mean, T* var, Isa isa,
                       const Workers& workers) {
-  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment);
+  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   Packed<T> packed(t.segment, k.lanes);
   packed.pack_mixing(w, k, false);
   AggregateProblem<T> p = problem_of(t, packed, w.layer_norm_eps);
@@ -210,7 +215,7 @@ void GroupMix<T>::mix(const AggregateTensors<T>& t, const AggregateWeights<T>& w
 template <class T>
 void GroupMix<T>::normalize(const AggregateTensors<T>& t, const AggregateWeights<T>& w, Isa isa,
                             const Workers& workers) {
-  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment);
+  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   Packed<T> packed(t.segment, k.lanes);
   packed.fold_norms(w);
   AggregateProblem<T> p = problem_of(t, packed, 0);
@@ -242,7 +247,7 @@ AggregateBackwardProblem<T> backward_problem(const AggregateTensors<T>& t, const
 template <class T>
 void GroupMix<T>::backward_reduce(const AggregateTensors<T>& t, const AggregateWeights<T>& w, double* sums,
                                   Isa isa, const Workers& workers) {
-  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment);
+  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   Packed<T> packed(t.segment, k.lanes);
   packed.fold_norms(w);
   AggregateBackwardProblem<T> p = backward_problem(t, packed, 0);
@@ -304,7 +309,7 @@ void write_grads(const Packed<T>& packed, const T* const* partial, int64_t chunk
 template <class T>
 void GroupMix<T>::backward(const AggregateTensors<T>& t, const AggregateWeights<T>& w, const double* sums,
                            double count, T* grads, Isa isa, const Workers& workers) {
-  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment);
+  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   Packed<T> packed(t.segment, k.lanes);
   packed.pack_mixing(w, k, true);
   packed.fold_norms(w);

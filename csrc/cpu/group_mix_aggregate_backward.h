@@ -38,8 +38,8 @@ void fill_grad(const AggregateBackwardProblem<T>& p, int64_t s, const Strip& str
   const auto grad = part_tokens(p, static_cast<const S*>(p.grad_mixed), strip.image, strip.part,
                                 kMixed * p.segment, s * p.segment);
   for (int64_t i = n; i < n + count; ++i, du += padded) {
-    request_token(from, i, n + count, p.segment);
-    request_token(grad, i, n + count, p.segment);
+    request_token(from, i, p.tokens(), p.segment);
+    request_token(grad, i, p.tokens(), p.segment);
     for (int64_t c = 0; c < p.segment; c += L) {
       const auto a = activation_grad<T, S>(p, s, c, from.at(i), grad.at(i));
       const int64_t at = s * padded + c;
@@ -100,7 +100,7 @@ BackwardScratch<T> backward_scratch(const AggregateBackwardProblem<T>& p, int64_
   s.depth = s.parts * s.padded;
   s.rows = std::min(rows_at_once<T>(p.width, s.depth), strip.y1 - strip.y0);
   const int64_t r = kKindKernel[kind] / 2, pixels = s.rows * p.width + kRowSlack;
-  s.z = s.dt = {nullptr, strip.y0 - r, strip.y1 - strip.y0 + 2 * r, p.width, r};
+  s.z = s.dt = {nullptr, strip.y0 - r, strip.y1 - strip.y0 + 2 * r, p.width, p.height, r};
   const int64_t window = s.parts * s.groups * s.z.group_size();
   s.tile = thread_scratch<T>(pixels * (s.depth + s.padded) + 2 * window +
                              pixels * int64_t(sizeof(int64_t) / sizeof(T)));
@@ -152,9 +152,9 @@ void backward_strip(const AggregateBackwardProblem<T>& p, int64_t kind, const St
     load_window(
         s.z, i * s.groups, s.groups,
         segment_tokens(p, static_cast<const S*>(p.qkv), strip.image, s.parts == 1 ? strip.part : i, kind),
-        p.height, p.segment);
+        p.segment);
   const int64_t top = std::max<int64_t>(0, strip.y0 - r), bottom = std::min(p.height, strip.y1 + r);
-  clear_outside(s.dt, 0, s.parts * s.groups, top, bottom);
+  clear_margins(s.dt, 0, s.parts * s.groups, top, bottom);
   backward_rows<T, S>(p, kind, strip, s, top, strip.y0, grads);
   backward_rows<T, S>(p, kind, strip, s, strip.y0, strip.y1, grads);
   backward_rows<T, S>(p, kind, strip, s, strip.y1, bottom, grads);
@@ -198,33 +198,56 @@ void aggregate_backward(const AggregateBackwardProblem<T>& p, int64_t kind, int6
   });
 }
 
+// Adds the sums of tokens [n, n + count) of one image to `sums` (2, 4, padded segment). A few tokens at a
+// time are summed in registers: then memory is read in the order of addresses, which its prefetchers follow.
+template <class T, class S>
+void reduce_tokens(const AggregateBackwardProblem<T>& p, int64_t image, int64_t part, int64_t n,
+                   int64_t count, T* sums) {
+  constexpr int L = kLanes<T>;
+  constexpr int64_t kTokens = 8;
+  const int64_t d = p.segment, padded = kSizes<T>.padded(d);
+  const auto plain = premix_tokens<T, S>(p, image, part, 0), mixed = premix_tokens<T, S>(p, image, part, 1);
+  const auto grads = part_tokens(p, static_cast<const S*>(p.grad_mixed), image, part, kMixed * d, 0);
+  for (int64_t i = n; i < n + count; i += kTokens) {
+    const int64_t end = std::min(i + kTokens, n + count);
+    for (int64_t j = i; j < end; ++j) {
+      request_token(plain, j, p.tokens(), d);
+      request_token(mixed, j, p.tokens(), (kMixed - 1) * d);
+      request_token(grads, j, p.tokens(), kMixed * d);
+    }
+    for (int64_t s = 0; s < kMixed; ++s) {
+      const auto from = premix_tokens<T, S>(p, image, part, s);
+      const auto grad = part_tokens(p, static_cast<const S*>(p.grad_mixed), image, part, kMixed * d, s * d);
+      for (int64_t c = 0; c < d; c += L) {
+        T *sum_at = sums + s * padded + c, *product_at = sum_at + kMixed * padded;
+        const Vec<T> mean = load(p.mean + s * padded + c);
+        Vec<T> sum = load(sum_at), product = load(product_at);
+        for (int64_t j = i; j < end; ++j) {
+          const auto a = activation_grad<T, S>(p, s, c, from.at(j), grad.at(j));
+          sum += a.grad;
+          product += a.grad * (a.u - mean);
+        }
+        store(sum_at, sum);
+        store(product_at, product);
+      }
+    }
+  }
+}
+
 // Sums of dA and dA * (U - mean) per channel, for BatchNorm's gradients. Tokens are counted over (3, B, N).
 template <class T>
 void backward_reduce(const AggregateBackwardProblem<T>& p, int64_t begin, int64_t end, double* sums) {
-  constexpr int L = kLanes<T>, kBlock = 64;
-  const int64_t d = p.segment, padded = kSizes<T>.padded(d), tokens = p.tokens();
+  constexpr int64_t kBlock = 64;  // more are summed in double precision
+  const int64_t size = 2 * kMixed * kSizes<T>.padded(p.segment), tokens = p.tokens();
+  T* block = thread_scratch<T>(size);
   with_storage<T>(p.dtype, [&](auto storage) {
     using S = decltype(storage);
     for (int64_t i = begin; i < end;) {
       const int64_t part = i / (p.batch * tokens), image = i / tokens % p.batch, n = i % tokens;
       const int64_t count = std::min<int64_t>({kBlock, end - i, tokens - n});
-      for (int64_t s = 0; s < kMixed; ++s) {
-        const auto from = premix_tokens<T, S>(p, image, part, s);
-        const auto grad = part_tokens(p, static_cast<const S*>(p.grad_mixed), image, part, kMixed * d, s * d);
-        for (int64_t c = 0; c < d; c += L) {
-          const Vec<T> mean = load(p.mean + s * padded + c);
-          Vec<T> sum{}, product{};
-          for (int64_t j = n; j < n + count; ++j) {
-            const auto a = activation_grad<T, S>(p, s, c, from.at(j), grad.at(j));
-            sum += a.grad;
-            product += a.grad * (a.u - mean);
-          }
-          for (int l = 0; l < L; ++l) {
-            sums[s * padded + c + l] += sum[l];
-            sums[(kMixed + s) * padded + c + l] += product[l];
-          }
-        }
-      }
+      std::memset(block, 0, size_t(size) * sizeof(T));
+      reduce_tokens<T, S>(p, image, part, n, count, block);
+      for (int64_t c = 0; c < size; ++c) sums[c] += block[c];
       i += count;
     }
   });

@@ -119,7 +119,7 @@ void merge_context(const PositionWeights<T>& w, const T* state, int64_t state_si
 template <class T>
 void GroupMixCore<T>::forward(const AttentionTensors<T>& t, T* log_sum, T* context, Isa isa,
                               const Workers& workers) {
-  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment);
+  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   PositionWeights<T> weights(t.segment, k.lanes);
   weights.pack(t.weight, t.bias);
   AttentionProblem<T> p = problem_of(t, weights, 1, workers.threads);
@@ -145,7 +145,7 @@ void GroupMixCore<T>::forward(const AttentionTensors<T>& t, T* log_sum, T* conte
 template <class T>
 void GroupMixCore<T>::backward(const AttentionTensors<T>& t, const T* log_sum, const T* context, T* grads,
                                Isa isa, const Workers& workers) {
-  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment);
+  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   PositionWeights<T> weights(t.segment, k.lanes);
   weights.pack(t.weight, t.bias);
   AttentionProblem<T> p = problem_of(t, weights, 2, workers.threads);

@@ -61,14 +61,15 @@ inline bool wants_512_bits(Isa isa, int64_t segment, bool whole) {
 }
 
 template <class T>
-const GroupMixKernels<T>& group_mix_kernels(Isa isa, int64_t segment) {
-  const GroupMixTable* table = wants_512_bits(isa, segment, whole_512_bits()) ? group_mix_avx512()
-                               : isa >= Isa::avx2                             ? group_mix_avx2()
-                                                                              : group_mix_baseline();
+const GroupMixKernels<T>& group_mix_kernels(Isa isa, int64_t segment, DType dtype) {
+  const bool wide = wants_512_bits(isa, segment, whole_512_bits());
+  const GroupMixTable* table = wide               ? group_mix_avx512()
+                               : isa >= Isa::avx2 ? group_mix_avx2()
+                                                  : group_mix_baseline();
   if constexpr (std::is_same_v<T, double>)
     return table->f64;
   else
-    return table->f32;
+    return wide && dtype == DType::bf16 && bf16_products() ? *group_mix_avx512_bf16() : table->f32;
 }
 
 // Strips of as many rows as keep `row_bytes` per row (plus `halo` rows) in a second-level cache, and enough

@@ -82,6 +82,20 @@ bool whole_512_bits() {
   return whole;
 }
 
+bool bf16_products() {
+  static const bool have = [] {
+    const char* wanted = std::getenv("LKCONV_BF16_PRODUCTS");
+    if (wanted && !std::strcmp(wanted, "0")) return false;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return bool(__builtin_cpu_supports("avx512bf16"));
+#else
+    return false;
+#endif
+  }();
+  return have;
+}
+
 Isa active_isa() {
   static const Isa isa = [] {
     const Isa best = detected_isa();

@@ -27,6 +27,9 @@ std::string processor_vendor();
 bool whole_512_bits();
 bool whole_512_bits_of(const std::string& vendor, unsigned signature, bool amx);
 
+// Whether the processor multiplies pairs of bfloat16 (AVX512-BF16) and LKCONV_BF16_PRODUCTS is not 0.
+bool bf16_products();
+
 Machine machine_for(Isa isa, int64_t threads);
 
 }  // namespace lkconv::cpu

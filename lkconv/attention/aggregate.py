@@ -135,7 +135,8 @@ def group_mix_aggregate(
 
     Args:
         qkv: (B, N, 3 * C), the output of ``Linear(C, 3 * C)``; float64, float32, float16 or bfloat16.
-            Parameters may have any floating dtype; arithmetic is float32 (float64 for float64).
+            Parameters may have any floating dtype; arithmetic is float32 (float64 for float64), but on CPUs
+            with AVX512-BF16 the pointwise product of bfloat16 tokens, whose factors are bfloat16.
         size: (H, W) with H * W = N; any positive numbers.
         depthwise_weights: (d, 1, 3, 3), (d, 1, 5, 5), (d, 1, 7, 7) and, for segment 4, (3 * d, 1, 3, 3).
         pointwise_weights: three (d, d) and (d, 3 * d), with or without two trailing ones.
