@@ -271,7 +271,8 @@ LKCONV_INLINE void normalize_segment(const AggregateProblem<T>& p, int64_t s, co
 
 // Training, second pass. Tokens are counted over (3, B, N).
 template <class T>
-void normalize(const AggregateProblem<T>& p, int64_t begin, int64_t end) {
+void normalize(const AggregateProblem<T>& problem, int64_t begin, int64_t end) {
+  const AggregateProblem<T> p = problem;  // no store can change it: its members stay in registers
   const int64_t d = p.segment, tokens = p.tokens();
   with_storage<T>(p.dtype, [&](auto storage) {
     using S = decltype(storage);

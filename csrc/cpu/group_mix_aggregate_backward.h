@@ -198,37 +198,39 @@ void aggregate_backward(const AggregateBackwardProblem<T>& p, int64_t kind, int6
   });
 }
 
-// Adds the sums of tokens [n, n + count) of one image to `sums` (2, 4, padded segment). A few tokens at a
-// time are summed in registers: then memory is read in the order of addresses, which its prefetchers follow.
+// Adds the sums of tokens [n, n + count) of one image to `sums` (2, 4, padded segment). Few tokens are summed
+// in registers: the more, the less evenly memory is asked for what comes next.
 template <class T, class S>
-void reduce_tokens(const AggregateBackwardProblem<T>& p, int64_t image, int64_t part, int64_t n,
+void reduce_tokens(const AggregateBackwardProblem<T>& problem, int64_t image, int64_t part, int64_t n,
                    int64_t count, T* sums) {
   constexpr int L = kLanes<T>;
-  constexpr int64_t kTokens = 8;
-  const int64_t d = p.segment, padded = kSizes<T>.padded(d);
-  const auto plain = premix_tokens<T, S>(p, image, part, 0), mixed = premix_tokens<T, S>(p, image, part, 1);
+  const AggregateBackwardProblem<T> p = problem;  // no store can change it: its members stay in registers
+  constexpr int64_t kTokens = 4;
+  const int64_t d = p.segment, padded = kSizes<T>.padded(d), product_at = kMixed * padded;
   const auto grads = part_tokens(p, static_cast<const S*>(p.grad_mixed), image, part, kMixed * d, 0);
+  const Tokens<const S> u[2] = {premix_tokens<T, S>(p, image, part, 0),
+                                premix_tokens<T, S>(p, image, part, 1)};
   for (int64_t i = n; i < n + count; i += kTokens) {
     const int64_t end = std::min(i + kTokens, n + count);
     for (int64_t j = i; j < end; ++j) {
-      request_token(plain, j, p.tokens(), d);
-      request_token(mixed, j, p.tokens(), (kMixed - 1) * d);
+      request_token(u[0], j, p.tokens(), d);
+      request_token(u[1], j, p.tokens(), (kMixed - 1) * d);
       request_token(grads, j, p.tokens(), kMixed * d);
     }
     for (int64_t s = 0; s < kMixed; ++s) {
-      const auto from = premix_tokens<T, S>(p, image, part, s);
-      const auto grad = part_tokens(p, static_cast<const S*>(p.grad_mixed), image, part, kMixed * d, s * d);
+      const Tokens<const S>& from = u[s > 0];
+      const int64_t first = s ? (s - 1) * d : 0;
       for (int64_t c = 0; c < d; c += L) {
-        T *sum_at = sums + s * padded + c, *product_at = sum_at + kMixed * padded;
+        T* to = sums + s * padded + c;
         const Vec<T> mean = load(p.mean + s * padded + c);
-        Vec<T> sum = load(sum_at), product = load(product_at);
+        Vec<T> sum = load(to), product = load(to + product_at);
         for (int64_t j = i; j < end; ++j) {
-          const auto a = activation_grad<T, S>(p, s, c, from.at(j), grad.at(j));
+          const auto a = activation_grad<T, S>(p, s, c, from.at(j) + first, grads.at(j) + s * d);
           sum += a.grad;
           product += a.grad * (a.u - mean);
         }
-        store(sum_at, sum);
-        store(product_at, product);
+        store(to, sum);
+        store(to + product_at, product);
       }
     }
   }
