@@ -281,27 +281,22 @@ int64_t grad_size(const Packed<T>& packed, int64_t kind) {
          (kind == kLocalKind ? 2 * packed.padded : 0);
 }
 
-// From the kernels' padded order to the parameters' own, summing the chunks in order.
+// From the kernels' padded order to the parameters' own.
 template <class T>
-void write_grads(const Packed<T>& packed, const T* const* partial, int64_t chunks, T* grads) {
+void write_grads(const Packed<T>& packed, const T* const* sums, T* grads) {
   const int64_t d = packed.segment, padded = packed.padded;
-  auto total = [&](int64_t kind, int64_t at) {
-    double sum = 0;
-    for (int64_t i = 0; i < chunks; ++i) sum += partial[kind][i * grad_size(packed, kind) + at];
-    return T(sum);
-  };
   for (int64_t kind = 1; kind < kKinds; ++kind)
     for (int64_t i = 0; i < parts_of(kind); ++i)
-      for (int64_t c = 0; c < d; ++c)
-        for (int64_t t = 0; t < packed.taps(kind); ++t)
-          *grads++ = total(kind, padded * packed.depth(kind) + packed.tap_at(kind, i, c) + t * packed.lanes);
+      for (int64_t c = 0; c < d; ++c) {
+        const T* from = sums[kind] + padded * packed.depth(kind) + packed.tap_at(kind, i, c);
+        for (int64_t t = 0; t < packed.taps(kind); ++t) *grads++ = from[t * packed.lanes];
+      }
   for (int64_t kind = 1; kind < kKinds; ++kind)
     for (int64_t o = 0; o < d; ++o)
       for (int64_t i = 0; i < parts_of(kind); ++i)
-        for (int64_t c = 0; c < d; ++c) *grads++ = total(kind, o * packed.depth(kind) + i * padded + c);
+        grads = std::copy_n(sums[kind] + o * packed.depth(kind) + i * padded, d, grads);
   const int64_t norm = padded * packed.depth(kLocalKind) + packed.depth(kLocalKind) * packed.taps(kLocalKind);
-  for (int64_t i = 0; i < 2; ++i)
-    for (int64_t c = 0; c < d; ++c) *grads++ = total(kLocalKind, norm + i * padded + c);
+  for (int64_t i = 0; i < 2; ++i) grads = std::copy_n(sums[kLocalKind] + norm + i * padded, d, grads);
 }
 
 }  // namespace
@@ -328,16 +323,19 @@ void GroupMix<T>::backward(const AggregateTensors<T>& t, const AggregateWeights<
   p.slope = slope.get(), p.offset = offset.get();
   plan_kinds(t, packed, 2, workers.threads, p.plan);
   const Chunks chunks = chunks_for(p.plan, 4 * workers.threads);
+  const Places places(workers, chunks);
   Buffer<T> partial[kKinds];
   const T* totals[kKinds];
   for (int64_t kind = 0; kind < kKinds; ++kind) {
-    partial[kind] = Buffer<T>(chunks.chunks * grad_size(packed, kind));
+    partial[kind] = Buffer<T>(places.count * grad_size(packed, kind));
     totals[kind] = partial[kind].get();
   }
   run_kinds(p.plan, chunks, workers, [&](int64_t kind, int64_t chunk, int64_t begin, int64_t end) {
-    k.backward(p, kind, begin, end, partial[kind].get() + chunk * grad_size(packed, kind));
+    k.backward(p, kind, begin, end, partial[kind].get() + places.of(chunk) * grad_size(packed, kind));
   });
-  write_grads(packed, totals, chunks.chunks, grads);
+  for (int64_t kind = 1; kind < kKinds; ++kind)
+    add_places(partial[kind].get(), grad_size(packed, kind), places.count);
+  write_grads(packed, totals, grads);
 }
 
 template struct GroupMix<float>;

@@ -149,7 +149,9 @@ void mix_strip(const AggregateProblem<T>& p, int64_t kind, const Strip& strip, c
         w, i * groups, groups,
         segment_tokens(p, static_cast<const S*>(p.qkv), strip.image, parts == 1 ? strip.part : i, kind),
         p.segment);
-  std::memset(static_cast<void*>(tile), 0, size_t(pixels * depth) * sizeof(*tile));
+  // Of the rows that products read past the last, nothing is used.
+  std::memset(static_cast<void*>(tile + rows * p.width * depth), 0,
+              size_t(kRowSlack * depth) * sizeof(*tile));
   const T* weight = p.weights[kind].depthwise;
   for (int64_t y = strip.y0; y < strip.y1; y += rows) {
     const int64_t y1 = std::min(y + rows, strip.y1), count = (y1 - y) * p.width;

@@ -108,7 +108,8 @@ BackwardScratch<T> backward_scratch(const AggregateBackwardProblem<T>& p, int64_
   s.z.data = s.du + pixels * s.padded;
   s.dt.data = s.z.data + window;
   s.place = reinterpret_cast<int64_t*>(s.dt.data + window);
-  std::memset(s.tile, 0, size_t(pixels * (s.depth + s.padded)) * sizeof(T));
+  // Of the rows that products read past the last, nothing is used.
+  std::memset(s.du + s.rows * p.width * s.padded, 0, size_t(kRowSlack * s.padded) * sizeof(T));
   return s;
 }
 

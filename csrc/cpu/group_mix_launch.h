@@ -84,6 +84,20 @@ struct Chunks {
   int64_t end(int64_t count, int64_t chunk) const { return count * (chunk + 1) / chunks; }
 };
 
+// Where chunks put their sums. One thread takes them in order, so that a single place holds them all.
+struct Places {
+  int64_t count;
+  Places(const Workers& workers, const Chunks& chunks) : count(workers.threads == 1 ? 1 : chunks.chunks) {}
+  int64_t of(int64_t chunk) const { return count == 1 ? 0 : chunk; }
+};
+
+// Adds the sums of all places, in order, to those of the first.
+template <class T>
+void add_places(T* sums, int64_t size, int64_t places) {
+  for (int64_t i = 1; i < places; ++i)
+    for (int64_t at = 0; at < size; ++at) sums[at] += sums[i * size + at];
+}
+
 // Weights of the aggregation as they are in the module, in the accumulation type: depthwise and pointwise of
 // kinds 1 to 4, BatchNorms 0 to 3 (mean is null where statistics come from the batch).
 template <class T>

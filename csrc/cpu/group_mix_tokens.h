@@ -41,12 +41,11 @@ constexpr int64_t kAhead = 16;
 
 template <class S>
 LKCONV_INLINE void request_token(const Tokens<S>& tokens, int64_t n, int64_t end, int64_t channels) {
-  constexpr int64_t kLine = 64;
-  const char* at = reinterpret_cast<const char*>(tokens.at(std::min(n + kAhead, end - 1)));
-  const int64_t bytes = channels * int64_t(sizeof(S));
+  constexpr intptr_t kLine = 64;
   constexpr int kWrite = std::is_const_v<S> ? 0 : 1;
-  for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(at + b, kWrite, 3);
-  __builtin_prefetch(at + bytes - 1, kWrite, 3);
+  const auto at = reinterpret_cast<intptr_t>(tokens.at(std::min(n + kAhead, end - 1)));
+  for (intptr_t line = at & -kLine; line < at + channels * intptr_t(sizeof(S)); line += kLine)
+    __builtin_prefetch(reinterpret_cast<const char*>(line), kWrite, 3);
 }
 
 // dst[i][0, padded channels) = the channels of token n0 + i
@@ -102,11 +101,12 @@ void clear_rows(const Window<T>& w, int64_t group, int64_t groups, int64_t y0, i
 // Zeros on either side of rows [y0, y1).
 template <class T>
 void clear_margins(const Window<T>& w, int64_t group, int64_t groups, int64_t y0, int64_t y1) {
-  const size_t margin = size_t(w.radius * kLanes<T>) * sizeof(T);
+  const int64_t right = (w.radius + w.width) * kLanes<T>;
   for (int64_t g = group; g < group + groups; ++g)
     for (int64_t y = y0; y < y1; ++y) {
-      std::memset(w.at(g, y, -w.radius), 0, margin);
-      std::memset(w.at(g, y, w.width), 0, margin);
+      T* row = w.at(g, y, -w.radius);
+      for (int64_t i = 0; i < w.radius * kLanes<T>; i += kLanes<T>)
+        store(row + i, Vec<T>{}), store(row + right + i, Vec<T>{});
     }
 }
 
