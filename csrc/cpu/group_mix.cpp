@@ -91,6 +91,16 @@ struct Packed {
       }
   }
 
+  // Multiplies the pointwise weights of the convolved segments by their scale.
+  void fold_scale() {
+    for (int64_t kind = 1; kind < kMixed; ++kind) {
+      T* row = in_out[kind].get();
+      const T* factor = scale.get() + kind * padded;
+      for (int64_t i = 0; i < segment; ++i, row += padded)
+        for (int64_t o = 0; o < padded; ++o) row[o] *= factor[o];
+    }
+  }
+
   void pack_layer_norm(const AggregateWeights<T>& w) {
     std::copy_n(w.layer_norm_weight, segment, layer_norm.get());
     std::copy_n(w.layer_norm_bias, segment, layer_norm.get() + padded);
@@ -171,10 +181,7 @@ void GroupMix<T>::aggregate(const AggregateTensors<T>& t, const AggregateWeights
   Packed<T> packed(t.segment, k.lanes);
   packed.pack_mixing(w, k, false);
   packed.fold_norms(w);
-  for (int64_t kind = 1; kind < kMixed && !k.pack_pairs; ++kind)
-    for (int64_t i = 0; i < packed.padded; ++i)
-      for (int64_t o = 0; o < packed.padded; ++o)
-        packed.in_out[kind][i * packed.padded + o] *= packed.scale[kind * packed.padded + o];
+  if (!k.pack_pairs) packed.fold_scale();
   AggregateProblem<T> p = problem_of(t, packed, w.layer_norm_eps);
   plan_kinds(t, packed, 1, workers.threads, p.plan);
   run_kinds(p.plan, chunks_for(p.plan, 8 * workers.threads), workers,

@@ -181,17 +181,18 @@ void copy_strip(const AggregateProblem<T>& p, const Strip& strip, Done&& done) {
 template <class T, class S>
 void finish_local(const AggregateProblem<T>& p, int64_t image, int64_t n, int64_t count, T* u) {
   constexpr int L = kLanes<T>;
-  const int64_t padded = kSizes<T>.padded(p.segment);
+  const int64_t d = p.segment, padded = kSizes<T>.padded(d);
+  const T *weight = p.layer_norm, *bias = weight + padded;
+  const T eps = p.layer_norm_eps;
   const auto to = local_tokens(p, static_cast<S*>(p.local), image, p.segment);
   if (p.prelocal)
     store_tokens(local_tokens(p, static_cast<S*>(p.prelocal), image, p.segment), n, count, p.segment, u,
                  padded);
   for (int64_t i = 0; i < count; ++i, u += padded) {
-    standardise(u, p.segment, p.layer_norm_eps);
-    for (int64_t c = 0; c < p.segment; c += L)
-      store_channels<T>(
-          to.at(n + i) + c, p.segment - c,
-          hard_swish<T>(load(u + c) * load(p.layer_norm + c) + load(p.layer_norm + padded + c)));
+    standardise(u, d, eps);
+    for (int64_t c = 0; c < d; c += L)
+      store_channels<T>(to.at(n + i) + c, d - c,
+                        hard_swish<T>(load(u + c) * load(weight + c) + load(bias + c)));
   }
 }
 
@@ -218,12 +219,13 @@ void aggregate(const AggregateProblem<T>& p, int64_t kind, int64_t begin, int64_
                                   kind * p.segment);
       const bool folded = kind != 0 && !LKCONV_BF16_PRODUCTS;
       const T *scale = p.scale + kind * padded, *shift = p.shift + kind * padded;
-      auto activate = [&](int64_t n, int64_t count, T* u) {
+      const int64_t d = p.segment, tokens_end = strip.y1 * p.width;
+      auto activate = [=](int64_t n, int64_t count, T* u) {
         for (int64_t i = 0; i < count; ++i, u += padded) {
-          request_token(to, n + i, strip.y1 * p.width, p.segment);
-          for (int64_t c = 0; c < p.segment; c += L) {
+          request_token(to, n + i, tokens_end, d);
+          for (int64_t c = 0; c < d; c += L) {
             const Vec<T> a = folded ? load(u + c) : load(u + c) * load(scale + c) + load(shift + c);
-            store_channels<T>(to.at(n + i) + c, p.segment - c, hard_swish<T>(a));
+            store_channels<T>(to.at(n + i) + c, d - c, hard_swish<T>(a));
           }
         }
       };

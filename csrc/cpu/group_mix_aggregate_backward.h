@@ -30,9 +30,10 @@ Tokens<const S> premix_tokens(const AggregateBackwardProblem<T>& p, int64_t imag
 
 // dU of `count` tokens from n on, as rows of padded channels.
 template <class T, class S>
-void fill_grad(const AggregateBackwardProblem<T>& p, int64_t s, const Strip& strip, int64_t n, int64_t count,
-               T* du) {
+void fill_grad(const AggregateBackwardProblem<T>& problem, int64_t s, const Strip& strip, int64_t n,
+               int64_t count, T* du) {
   constexpr int L = kLanes<T>;
+  const AggregateBackwardProblem<T> p = problem;  // no store can change it: its members stay in registers
   const int64_t padded = kSizes<T>.padded(p.segment);
   const auto from = premix_tokens<T, S>(p, strip.image, strip.part, s);
   const auto grad = part_tokens(p, static_cast<const S*>(p.grad_mixed), strip.image, strip.part,
@@ -128,7 +129,11 @@ void backward_rows(const AggregateBackwardProblem<T>& p, int64_t kind, const Str
                             inside ? grads + s.padded * s.depth + s.depth * kernel * kernel : nullptr);
     else
       fill_grad<T, S>(p, kind, strip, y * p.width, count, s.du);
-    for (int64_t i = 0; i < count; ++i) s.place[i] = s.dt.at(0, y + i / p.width, i % p.width) - s.dt.data;
+    int64_t* to_place = s.place;
+    for (int64_t row = y; row < end; ++row) {
+      const int64_t first = s.dt.at(0, row, 0) - s.dt.data;
+      for (int64_t x = 0; x < p.width; ++x) *to_place++ = first + x * L;
+    }
     const int64_t step = s.dt.group_size();
     T* to = s.dt.data;
     const int64_t* place = s.place;
