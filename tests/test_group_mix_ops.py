@@ -231,3 +231,22 @@ def test_bfloat16_with_and_without_products_of_pairs(products):
         [sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_a_graph(context):
+    """Where nothing is recorded the ops are called past their registered gradients: same values, no graph."""
+    module = attention(80, torch.float32)
+    x = torch.randn(2, 15, 80)
+    recorded = module(x, (3, 5))
+    heads = module.aggregator(module.qkv(x), (3, 5))
+    with context():
+        out = module(x, (3, 5))
+        plain_heads = module.aggregator(module.qkv(x), (3, 5))
+        mapped = torch.vmap(lambda t: module.aggregator(module.qkv(t), (3, 5))[0])(torch.stack([x, 2 * x]))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module.aggregator(module.qkv(x), (3, 5))[0].dtype == torch.bfloat16
+    assert recorded.requires_grad and not out.requires_grad
+    torch.testing.assert_close(mapped[0], heads[0])
+    for a, b in zip((recorded, *heads), (out, *plain_heads), strict=True):
+        torch.testing.assert_close(a.detach(), b)

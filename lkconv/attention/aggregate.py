@@ -18,7 +18,7 @@ from .batch_statistics import (
     shared_group,
 )
 from .checks import MOST_SEGMENT, check_aggregate
-from .derivatives import apply, eager_form, under_derivative
+from .derivatives import apply, call_op, eager_form, under_derivative
 from .parameters import AggregateParameters
 
 
@@ -66,9 +66,10 @@ def aggregate_tokens(
     height, width = size
     if running is not None:
         depthwise, pointwise, nw, nb, lw, lb = parameters
-        mixed, local = getattr(torch.ops, namespace).group_mix_aggregate(
-            qkv, height, width, depthwise, pointwise, nw, nb, *map(list, running), lw, lb, *eps
-        )
+        mixed, local = call_op(
+            getattr(torch.ops, namespace).group_mix_aggregate,
+            qkv, height, width, depthwise, pointwise, nw, nb, *map(list, running), lw, lb, *eps,
+        )  # fmt: skip
         return mixed, local, None
     return normalised_by_batch(namespace, qkv, size, parameters, eps, group)
 
@@ -98,6 +99,8 @@ _SplitHeadsEager = eager_form(_SplitHeads)
 
 def split_heads(mixed: Tensor, num_heads: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as (B, heads, N, 4 * d / heads): views of (3, B, N, 4 * d)."""
+    if not torch.is_grad_enabled():
+        return _SplitHeads.forward(mixed, num_heads)
     return apply(_SplitHeads, _SplitHeadsEager, mixed, num_heads)
 
 

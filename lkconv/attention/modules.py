@@ -14,6 +14,7 @@ from ..modules import DepthwiseConv2d
 from . import aggregate as fused
 from .aggregator import GroupMixAggregator, tensors_of
 from .checks import check_dim, check_tokens
+from .derivatives import call_op
 from .linear import linear
 from .plain import is_plain_depthwise
 
@@ -121,7 +122,7 @@ class GroupMixAttention(nn.Module):
         if mixed.numel() == 0:  # a process without images among others that share statistics
             return self.composed(*fused.split_heads(mixed), local, size)
         core = getattr(torch.ops, namespace).group_mix_attention
-        return core(mixed, local, size[0], size[1], *self.crpe.parameter_lists(), self.scale)[0]
+        return call_op(core, mixed, local, size[0], size[1], *self.crpe.parameter_lists(), self.scale)[0]
 
     @backends.retried
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
