@@ -185,6 +185,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "active_isa", [] { return lkconv::cpu::isa_name(lkconv::cpu::active_isa()); },
       "detected_isa, capped by LKCONV_MAX_CPU_ISA.");
+  m.def("processor_vendor", &lkconv::cpu::processor_vendor,
+        "The name by which an x86 processor tells its maker, such as AuthenticAMD; empty on others.");
+  m.def("whole_512_bits", &lkconv::cpu::whole_512_bits_of, py::arg("vendor"), py::arg("signature"),
+        py::arg("amx"), "Whether a processor runs 512-bit multiply-adds at the rate of 256-bit ones.");
   m.def("compiled_isas", [] {
     std::vector<std::string> names;
     for (lkconv::cpu::Isa i : {lkconv::cpu::Isa::baseline, lkconv::cpu::Isa::avx2, lkconv::cpu::Isa::avx512,

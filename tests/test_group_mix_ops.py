@@ -204,3 +204,49 @@ def test_lesser_instruction_sets(isa):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == isa
+
+
+@pytest.mark.parametrize("products", ["0", "1"])
+def test_bfloat16_with_and_without_products_of_pairs(products):
+    """Both kernels of processors with AVX512-BF16, on whole and padded vectors, maps and strips of them."""
+    script = """
+    import torch
+    from group_mix_cases import attention, relative, unfused
+    torch.manual_seed(0)
+    for dim, size in ((80, (150, 21)), (120, (3, 5)), (200, (6, 5)), (240, (7, 7)), (480, (2, 9))):
+        for training in (False, True):
+            module = attention(dim, torch.bfloat16, training)
+            qkv = torch.randn(2, size[0] * size[1], 3 * dim).bfloat16()
+            mixed, local = unfused(module).aggregation(qkv.double(), size)
+            eager_mixed, eager_local = unfused(module, torch.bfloat16).aggregation(qkv, size)
+            *heads, own_local = module.aggregator(qkv, size)
+            again = module.aggregator(qkv, size)
+            assert all(map(torch.equal, again, [*heads, own_local])) or training  # statistics moved on
+            assert relative(torch.stack(heads), mixed) <= 2 * relative(eager_mixed, mixed), dim
+            assert relative(own_local, local) <= 2 * relative(eager_local, local), dim
+    """
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    environment = {**os.environ, "LKCONV_BF16_PRODUCTS": products, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_a_graph(context):
+    """Where nothing is recorded the ops are called past their registered gradients: same values, no graph."""
+    module = attention(80, torch.float32)
+    x = torch.randn(2, 15, 80)
+    recorded = module(x, (3, 5))
+    heads = module.aggregator(module.qkv(x), (3, 5))
+    with context():
+        out = module(x, (3, 5))
+        plain_heads = module.aggregator(module.qkv(x), (3, 5))
+        mapped = torch.vmap(lambda t: module.aggregator(module.qkv(t), (3, 5))[0])(torch.stack([x, 2 * x]))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module.aggregator(module.qkv(x), (3, 5))[0].dtype == torch.bfloat16
+    assert recorded.requires_grad and not out.requires_grad
+    torch.testing.assert_close(mapped[0], heads[0])
+    for a, b in zip((recorded, *heads), (out, *plain_heads), strict=True):
+        torch.testing.assert_close(a.detach(), b)

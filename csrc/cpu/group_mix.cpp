@@ -26,6 +26,7 @@ template <class T>
 struct Packed {
   int64_t segment, padded, lanes;
   Buffer<T> depthwise[kKinds], flipped[kKinds], in_out[kKinds], out_in[kKinds];
+  Buffer<Bf16Pair> pairs[kKinds];
   Buffer<T> scale, shift, layer_norm;
 
   Packed(int64_t d, int64_t kernel_lanes)
@@ -90,6 +91,16 @@ struct Packed {
       }
   }
 
+  // Multiplies the pointwise weights of the convolved segments by their scale.
+  void fold_scale() {
+    for (int64_t kind = 1; kind < kMixed; ++kind) {
+      T* row = in_out[kind].get();
+      const T* factor = scale.get() + kind * padded;
+      for (int64_t i = 0; i < segment; ++i, row += padded)
+        for (int64_t o = 0; o < padded; ++o) row[o] *= factor[o];
+    }
+  }
+
   void pack_layer_norm(const AggregateWeights<T>& w) {
     std::copy_n(w.layer_norm_weight, segment, layer_norm.get());
     std::copy_n(w.layer_norm_bias, segment, layer_norm.get() + padded);
@@ -100,11 +111,15 @@ struct Packed {
     for (int64_t kind = 1; kind < kKinds; ++kind) {
       pack_depthwise(kind, w.depthwise[kind - 1], backward);
       pack_pointwise(kind, w.pointwise[kind - 1], k, backward);
+      if (!k.pack_pairs || backward) continue;
+      pairs[kind] = Buffer<Bf16Pair>(depth(kind) / 2 * padded);
+      k.pack_pairs(pairs[kind].get(), in_out[kind].get(), depth(kind), padded);
     }
   }
 
   MixWeights<T> weights(int64_t kind) const {
-    return {depthwise[kind].get(), flipped[kind].get(), in_out[kind].get(), out_in[kind].get()};
+    return {depthwise[kind].get(), flipped[kind].get(), in_out[kind].get(), pairs[kind].get(),
+            out_in[kind].get()};
   }
 };
 
@@ -162,14 +177,11 @@ AggregateProblem<T> problem_of(const AggregateTensors<T>& t, const Packed<T>& pa
 template <class T>
 void GroupMix<T>::aggregate(const AggregateTensors<T>& t, const AggregateWeights<T>& w, Isa isa,
                             const Workers& workers) {
-  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment);
+  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   Packed<T> packed(t.segment, k.lanes);
   packed.pack_mixing(w, k, false);
   packed.fold_norms(w);
-  for (int64_t kind = 1; kind < kMixed; ++kind)
-    for (int64_t i = 0; i < packed.padded; ++i)
-      for (int64_t o = 0; o < packed.padded; ++o)
-        packed.in_out[kind][i * packed.padded + o] *= packed.scale[kind * packed.padded + o];
+  if (!k.pack_pairs) packed.fold_scale();
   AggregateProblem<T> p = problem_of(t, packed, w.layer_norm_eps);
   plan_kinds(t, packed, 1, workers.threads, p.plan);
   run_kinds(p.plan, chunks_for(p.plan, 8 * workers.threads), workers,
@@ -179,7 +191,7 @@ void GroupMix<T>::aggregate(const AggregateTensors<T>& t, const AggregateWeights
 template <class T>
 void GroupMix<T>::mix(const AggregateTensors<T>& t, const AggregateWeights<T>& w, T* mean, T* var, Isa isa,
                       const Workers& workers) {
-  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment);
+  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   Packed<T> packed(t.segment, k.lanes);
   packed.pack_mixing(w, k, false);
   AggregateProblem<T> p = problem_of(t, packed, w.layer_norm_eps);
@@ -210,7 +222,7 @@ void GroupMix<T>::mix(const AggregateTensors<T>& t, const AggregateWeights<T>& w
 template <class T>
 void GroupMix<T>::normalize(const AggregateTensors<T>& t, const AggregateWeights<T>& w, Isa isa,
                             const Workers& workers) {
-  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment);
+  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   Packed<T> packed(t.segment, k.lanes);
   packed.fold_norms(w);
   AggregateProblem<T> p = problem_of(t, packed, 0);
@@ -242,7 +254,7 @@ AggregateBackwardProblem<T> backward_problem(const AggregateTensors<T>& t, const
 template <class T>
 void GroupMix<T>::backward_reduce(const AggregateTensors<T>& t, const AggregateWeights<T>& w, double* sums,
                                   Isa isa, const Workers& workers) {
-  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment);
+  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   Packed<T> packed(t.segment, k.lanes);
   packed.fold_norms(w);
   AggregateBackwardProblem<T> p = backward_problem(t, packed, 0);
@@ -276,27 +288,22 @@ int64_t grad_size(const Packed<T>& packed, int64_t kind) {
          (kind == kLocalKind ? 2 * packed.padded : 0);
 }
 
-// From the kernels' padded order to the parameters' own, summing the chunks in order.
+// From the kernels' padded order to the parameters' own.
 template <class T>
-void write_grads(const Packed<T>& packed, const T* const* partial, int64_t chunks, T* grads) {
+void write_grads(const Packed<T>& packed, const T* const* sums, T* grads) {
   const int64_t d = packed.segment, padded = packed.padded;
-  auto total = [&](int64_t kind, int64_t at) {
-    double sum = 0;
-    for (int64_t i = 0; i < chunks; ++i) sum += partial[kind][i * grad_size(packed, kind) + at];
-    return T(sum);
-  };
   for (int64_t kind = 1; kind < kKinds; ++kind)
     for (int64_t i = 0; i < parts_of(kind); ++i)
-      for (int64_t c = 0; c < d; ++c)
-        for (int64_t t = 0; t < packed.taps(kind); ++t)
-          *grads++ = total(kind, padded * packed.depth(kind) + packed.tap_at(kind, i, c) + t * packed.lanes);
+      for (int64_t c = 0; c < d; ++c) {
+        const T* from = sums[kind] + padded * packed.depth(kind) + packed.tap_at(kind, i, c);
+        for (int64_t t = 0; t < packed.taps(kind); ++t) *grads++ = from[t * packed.lanes];
+      }
   for (int64_t kind = 1; kind < kKinds; ++kind)
     for (int64_t o = 0; o < d; ++o)
       for (int64_t i = 0; i < parts_of(kind); ++i)
-        for (int64_t c = 0; c < d; ++c) *grads++ = total(kind, o * packed.depth(kind) + i * padded + c);
+        grads = std::copy_n(sums[kind] + o * packed.depth(kind) + i * padded, d, grads);
   const int64_t norm = padded * packed.depth(kLocalKind) + packed.depth(kLocalKind) * packed.taps(kLocalKind);
-  for (int64_t i = 0; i < 2; ++i)
-    for (int64_t c = 0; c < d; ++c) *grads++ = total(kLocalKind, norm + i * padded + c);
+  for (int64_t i = 0; i < 2; ++i) grads = std::copy_n(sums[kLocalKind] + norm + i * padded, d, grads);
 }
 
 }  // namespace
@@ -304,7 +311,7 @@ void write_grads(const Packed<T>& packed, const T* const* partial, int64_t chunk
 template <class T>
 void GroupMix<T>::backward(const AggregateTensors<T>& t, const AggregateWeights<T>& w, const double* sums,
                            double count, T* grads, Isa isa, const Workers& workers) {
-  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment);
+  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   Packed<T> packed(t.segment, k.lanes);
   packed.pack_mixing(w, k, true);
   packed.fold_norms(w);
@@ -323,16 +330,19 @@ void GroupMix<T>::backward(const AggregateTensors<T>& t, const AggregateWeights<
   p.slope = slope.get(), p.offset = offset.get();
   plan_kinds(t, packed, 2, workers.threads, p.plan);
   const Chunks chunks = chunks_for(p.plan, 4 * workers.threads);
+  const Places places(workers, chunks);
   Buffer<T> partial[kKinds];
   const T* totals[kKinds];
   for (int64_t kind = 0; kind < kKinds; ++kind) {
-    partial[kind] = Buffer<T>(chunks.chunks * grad_size(packed, kind));
+    partial[kind] = Buffer<T>(places.count * grad_size(packed, kind));
     totals[kind] = partial[kind].get();
   }
   run_kinds(p.plan, chunks, workers, [&](int64_t kind, int64_t chunk, int64_t begin, int64_t end) {
-    k.backward(p, kind, begin, end, partial[kind].get() + chunk * grad_size(packed, kind));
+    k.backward(p, kind, begin, end, partial[kind].get() + places.of(chunk) * grad_size(packed, kind));
   });
-  write_grads(packed, totals, chunks.chunks, grads);
+  for (int64_t kind = 1; kind < kKinds; ++kind)
+    add_places(partial[kind].get(), grad_size(packed, kind), places.count);
+  write_grads(packed, totals, grads);
 }
 
 template struct GroupMix<float>;

@@ -43,18 +43,24 @@ struct StripPlan {
   }
 };
 
+// Two neighbouring values as bfloat16, the first in the lower half.
+struct Bf16Pair {
+  uint32_t bits;
+};
+
 // Weights in the kernels' own order, padded with zeros to whole vectors of `lanes` channels:
 // depthwise [group][tap][lane], pointwise [in][out] and [out][in], both of padded width.
 template <class T>
 struct MixWeights {
   const T *depthwise, *flipped;  // null for kind 0
   const T* in_out;               // forward
+  const Bf16Pair* in_out_pairs;  // forward where kernels multiply pairs, [in / 2][out]
   const T* out_in;               // backward
 };
 
 // The aggregation, forward. `qkv` is (B, N, 3, 5, d), `mixed` (3, B, N, 4d), `premix` (3, B, N, 3d),
 // `prelocal` and `local` (B, N, d). In the fused evaluation pass `premix` and `prelocal` are null and
-// scale/shift are folded into in_out and shift; in the mixing pass `mixed` is null.
+// scale/shift are folded into in_out (not into pairs) and shift; in the mixing pass `mixed` is null.
 template <class T>
 struct AggregateProblem : TokenShape {
   DType dtype;
@@ -115,6 +121,8 @@ struct GroupMixSizes {
 template <class T>
 struct GroupMixKernels {
   int64_t lanes;
+  // dst[r / 2][column] = rows r and r + 1 of src; null unless the forward passes multiply pairs
+  void (*pack_pairs)(Bf16Pair* dst, const T* src, int64_t rows, int64_t columns);
   void (*transpose_weight)(T* dst, int64_t dst_row, const T* src, int64_t rows, int64_t columns);
   void (*aggregate)(const AggregateProblem<T>&, int64_t kind, int64_t begin, int64_t end);
   // statistics: [0] count, then mean and sum of squared differences, each of padded segment
@@ -137,5 +145,7 @@ struct GroupMixTable {
 const GroupMixTable* group_mix_baseline();
 const GroupMixTable* group_mix_avx2();
 const GroupMixTable* group_mix_avx512();
+// For tensors of bfloat16 on processors that multiply pairs of them (AVX512-BF16).
+const GroupMixKernels<float>* group_mix_avx512_bf16();
 
 }  // namespace lkconv::cpu

@@ -9,7 +9,9 @@ LKCONV_INLINE void with_storage(DType dtype, F&& f) {
   if constexpr (std::is_same_v<T, double>) {
     f(double());
   } else {
-    if (dtype == DType::f32)
+    if constexpr (LKCONV_BF16_PRODUCTS)
+      f(bf16());
+    else if (dtype == DType::f32)
       f(float());
     else if (dtype == DType::bf16)
       f(bf16());
@@ -106,34 +108,56 @@ LKCONV_INLINE T standardise(T* u, int64_t channels, T eps) {
   return rstd;
 }
 
+// What D(z) is kept as between the two convolutions: of bfloat16 tensors it is rounded as they are where the
+// processor multiplies pairs of them.
+template <class T>
+using Between = std::conditional_t<LKCONV_BF16_PRODUCTS != 0, bf16, T>;
+
+// U = P T of `count` pixels, T being rows of `parts` times `padded` channels. `init` is added.
+template <class T>
+void multiply_pointwise(const AggregateProblem<T>& p, int64_t kind, const Between<T>* tile, int64_t count,
+                        const T* init, T* u) {
+  constexpr int L = kLanes<T>;
+  const int64_t padded = kSizes<T>.padded(p.segment), parts = kind_parts(kind), depth = parts * padded;
+  const auto keep = [=](int64_t i, int64_t j, Vec<T> v)
+                        __attribute__((always_inline)) { store(u + i * padded + j * L, v); };
+#if LKCONV_BF16_PRODUCTS
+  const Left<Bf16Pair> pairs{reinterpret_cast<const Bf16Pair*>(tile), depth / 2, 1};
+  gemm<Bf16Pair, Rows::pixels>(pairs, p.weights[kind].in_out_pairs, padded,
+                               {p.segment / 2, parts, (padded - p.segment) / 2}, count, padded / L, init,
+                               keep);
+#else
+  gemm<T, Rows::pixels>(Left<T>{tile, depth, 1}, p.weights[kind].in_out, padded,
+                        {p.segment, parts, padded - p.segment}, count, padded / L, init, keep);
+#endif
+}
+
 // U = P D(z) of one strip, tile by tile: done(first token, tokens, U) with U of padded rows. `init` is added.
 template <class T, class S, class Done>
 void mix_strip(const AggregateProblem<T>& p, int64_t kind, const Strip& strip, const T* init, Done&& done) {
   constexpr int L = kLanes<T>;
   const int64_t padded = kSizes<T>.padded(p.segment), groups = padded / L, parts = kind_parts(kind);
   const int64_t kernel = kKindKernel[kind], r = kernel / 2, depth = parts * padded;
-  Window<T> w{nullptr, strip.y0 - r, strip.y1 - strip.y0 + 2 * r, p.width, r};
+  Window<T> w{nullptr, strip.y0 - r, strip.y1 - strip.y0 + 2 * r, p.width, p.height, r};
   const int64_t rows = std::min(rows_at_once<T>(p.width, depth), strip.y1 - strip.y0);
   const int64_t pixels = rows * p.width + kRowSlack;
-  T* tile = thread_scratch<T>(pixels * (depth + padded) + parts * groups * w.group_size());
-  T* u = tile + pixels * depth;
-  w.data = u + pixels * padded;
+  T* u = thread_scratch<T>(pixels * (depth + padded) + parts * groups * w.group_size());
+  auto* tile = reinterpret_cast<Between<T>*>(u + pixels * padded);
+  w.data = u + pixels * (padded + depth);
   for (int64_t i = 0; i < parts; ++i)
     load_window(
         w, i * groups, groups,
         segment_tokens(p, static_cast<const S*>(p.qkv), strip.image, parts == 1 ? strip.part : i, kind),
-        p.height, p.segment);
-  std::memset(tile, 0, size_t(pixels * depth) * sizeof(T));
-  const MixWeights<T>& weights = p.weights[kind];
+        p.segment);
+  // Of the rows that products read past the last, nothing is used.
+  std::memset(static_cast<void*>(tile + rows * p.width * depth), 0,
+              size_t(kRowSlack * depth) * sizeof(*tile));
+  const T* weight = p.weights[kind].depthwise;
   for (int64_t y = strip.y0; y < strip.y1; y += rows) {
     const int64_t y1 = std::min(y + rows, strip.y1), count = (y1 - y) * p.width;
     for (int64_t g = 0; g < parts * groups; ++g)
-      depthwise_rows(w, g, kernel, weights.depthwise + g * kernel * kernel * L, Vec<T>{}, y, y1, tile + g * L,
-                     depth);
-    gemm<T, Rows::pixels>(Left<T>{tile, depth, 1}, weights.in_out, padded,
-                          {p.segment, parts, padded - p.segment}, count, groups, init,
-                          [=](int64_t i, int64_t j, Vec<T> v)
-                              __attribute__((always_inline)) { store(u + i * padded + j * L, v); });
+      depthwise_rows(w, g, kernel, weight + g * kernel * kernel * L, Vec<T>{}, y, y1, tile + g * L, depth);
+    multiply_pointwise(p, kind, tile, count, init, u);
     done(y * p.width, count, u);
   }
 }
@@ -157,17 +181,18 @@ void copy_strip(const AggregateProblem<T>& p, const Strip& strip, Done&& done) {
 template <class T, class S>
 void finish_local(const AggregateProblem<T>& p, int64_t image, int64_t n, int64_t count, T* u) {
   constexpr int L = kLanes<T>;
-  const int64_t padded = kSizes<T>.padded(p.segment);
+  const int64_t d = p.segment, padded = kSizes<T>.padded(d);
+  const T *weight = p.layer_norm, *bias = weight + padded;
+  const T eps = p.layer_norm_eps;
   const auto to = local_tokens(p, static_cast<S*>(p.local), image, p.segment);
   if (p.prelocal)
     store_tokens(local_tokens(p, static_cast<S*>(p.prelocal), image, p.segment), n, count, p.segment, u,
                  padded);
   for (int64_t i = 0; i < count; ++i, u += padded) {
-    standardise(u, p.segment, p.layer_norm_eps);
-    for (int64_t c = 0; c < p.segment; c += L)
-      store_channels<T>(
-          to.at(n + i) + c, p.segment - c,
-          hard_swish<T>(load(u + c) * load(p.layer_norm + c) + load(p.layer_norm + padded + c)));
+    standardise(u, d, eps);
+    for (int64_t c = 0; c < d; c += L)
+      store_channels<T>(to.at(n + i) + c, d - c,
+                        hard_swish<T>(load(u + c) * load(weight + c) + load(bias + c)));
   }
 }
 
@@ -192,19 +217,22 @@ void aggregate(const AggregateProblem<T>& p, int64_t kind, int64_t begin, int64_
       }
       const auto to = part_tokens(p, static_cast<S*>(p.mixed), strip.image, strip.part, kMixed * p.segment,
                                   kind * p.segment);
-      auto activate = [&](int64_t n, int64_t count, T* u) {
+      const bool folded = kind != 0 && !LKCONV_BF16_PRODUCTS;
+      const T *scale = p.scale + kind * padded, *shift = p.shift + kind * padded;
+      const int64_t d = p.segment, tokens_end = strip.y1 * p.width;
+      auto activate = [=](int64_t n, int64_t count, T* u) {
         for (int64_t i = 0; i < count; ++i, u += padded) {
-          request_token(to, n + i, strip.y1 * p.width, p.segment);
-          for (int64_t c = 0; c < p.segment; c += L) {
-            const Vec<T> a = kind ? load(u + c) : load(u + c) * load(p.scale + c) + load(p.shift + c);
-            store_channels<T>(to.at(n + i) + c, p.segment - c, hard_swish<T>(a));
+          request_token(to, n + i, tokens_end, d);
+          for (int64_t c = 0; c < d; c += L) {
+            const Vec<T> a = folded ? load(u + c) : load(u + c) * load(scale + c) + load(shift + c);
+            store_channels<T>(to.at(n + i) + c, d - c, hard_swish<T>(a));
           }
         }
       };
       if (kind == 0)
         copy_strip<T, S>(p, strip, activate);
       else
-        mix_strip<T, S>(p, kind, strip, p.shift + kind * padded, activate);
+        mix_strip<T, S>(p, kind, strip, folded ? shift : nullptr, activate);
     }
   });
 }
@@ -234,26 +262,39 @@ void mix(const AggregateProblem<T>& p, int64_t kind, int64_t begin, int64_t end,
   });
 }
 
-// Training, second pass: hardswish(scale * U + shift). Tokens are counted over (3, B, N).
-template <class T>
-void normalize(const AggregateProblem<T>& p, int64_t begin, int64_t end) {
+// hardswish(scale * U + shift) of one segment of a token.
+template <class T, class S>
+LKCONV_INLINE void normalize_segment(const AggregateProblem<T>& p, int64_t s, const S* from, S* to) {
   constexpr int L = kLanes<T>;
-  const int64_t d = p.segment, padded = kSizes<T>.padded(d), tokens = p.tokens();
+  const int64_t d = p.segment, at = s * kSizes<T>.padded(d);
+  for (int64_t c = 0; c < d; c += L) {
+    const Vec<T> u = load_channels<T>(from + c, d - c);
+    store_channels<T>(to + c, d - c, hard_swish<T>(u * load(p.scale + at + c) + load(p.shift + at + c)));
+  }
+}
+
+// Training, second pass. Tokens are counted over (3, B, N).
+template <class T>
+void normalize(const AggregateProblem<T>& problem, int64_t begin, int64_t end) {
+  const AggregateProblem<T> p = problem;  // no store can change it: its members stay in registers
+  const int64_t d = p.segment, tokens = p.tokens();
   with_storage<T>(p.dtype, [&](auto storage) {
     using S = decltype(storage);
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = begin; i < end;) {
       const int64_t part = i / (p.batch * tokens), image = i / tokens % p.batch, n = i % tokens;
+      const int64_t count = std::min(end - i, tokens - n);
       const auto plain = segment_tokens(p, static_cast<const S*>(p.qkv), image, part, 0);
       const auto pre = part_tokens(p, static_cast<const S*>(p.premix), image, part, (kMixed - 1) * d, 0);
       const auto to = part_tokens(p, static_cast<S*>(p.mixed), image, part, kMixed * d, 0);
-      for (int64_t s = 0; s < kMixed; ++s) {
-        const S* from = s ? pre.at(n) + (s - 1) * d : plain.at(n);
-        for (int64_t c = 0; c < d; c += L) {
-          const Vec<T> u = load_channels<T>(from + c, d - c);
-          const Vec<T> a = u * load(p.scale + s * padded + c) + load(p.shift + s * padded + c);
-          store_channels<T>(to.at(n) + s * d + c, d - c, hard_swish<T>(a));
-        }
+      for (int64_t j = n; j < n + count; ++j) {
+        request_token(plain, j, tokens, d);
+        request_token(pre, j, tokens, (kMixed - 1) * d);
+        request_token(to, j, tokens, kMixed * d);
+        normalize_segment<T, S>(p, 0, plain.at(j), to.at(j));
+        for (int64_t s = 1; s < kMixed; ++s)
+          normalize_segment<T, S>(p, s, pre.at(j) + (s - 1) * d, to.at(j) + s * d);
       }
+      i += count;
     }
   });
 }

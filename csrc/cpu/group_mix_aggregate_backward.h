@@ -30,16 +30,17 @@ Tokens<const S> premix_tokens(const AggregateBackwardProblem<T>& p, int64_t imag
 
 // dU of `count` tokens from n on, as rows of padded channels.
 template <class T, class S>
-void fill_grad(const AggregateBackwardProblem<T>& p, int64_t s, const Strip& strip, int64_t n, int64_t count,
-               T* du) {
+void fill_grad(const AggregateBackwardProblem<T>& problem, int64_t s, const Strip& strip, int64_t n,
+               int64_t count, T* du) {
   constexpr int L = kLanes<T>;
+  const AggregateBackwardProblem<T> p = problem;  // no store can change it: its members stay in registers
   const int64_t padded = kSizes<T>.padded(p.segment);
   const auto from = premix_tokens<T, S>(p, strip.image, strip.part, s);
   const auto grad = part_tokens(p, static_cast<const S*>(p.grad_mixed), strip.image, strip.part,
                                 kMixed * p.segment, s * p.segment);
   for (int64_t i = n; i < n + count; ++i, du += padded) {
-    request_token(from, i, n + count, p.segment);
-    request_token(grad, i, n + count, p.segment);
+    request_token(from, i, p.tokens(), p.segment);
+    request_token(grad, i, p.tokens(), p.segment);
     for (int64_t c = 0; c < p.segment; c += L) {
       const auto a = activation_grad<T, S>(p, s, c, from.at(i), grad.at(i));
       const int64_t at = s * padded + c;
@@ -100,7 +101,7 @@ BackwardScratch<T> backward_scratch(const AggregateBackwardProblem<T>& p, int64_
   s.depth = s.parts * s.padded;
   s.rows = std::min(rows_at_once<T>(p.width, s.depth), strip.y1 - strip.y0);
   const int64_t r = kKindKernel[kind] / 2, pixels = s.rows * p.width + kRowSlack;
-  s.z = s.dt = {nullptr, strip.y0 - r, strip.y1 - strip.y0 + 2 * r, p.width, r};
+  s.z = s.dt = {nullptr, strip.y0 - r, strip.y1 - strip.y0 + 2 * r, p.width, p.height, r};
   const int64_t window = s.parts * s.groups * s.z.group_size();
   s.tile = thread_scratch<T>(pixels * (s.depth + s.padded) + 2 * window +
                              pixels * int64_t(sizeof(int64_t) / sizeof(T)));
@@ -108,7 +109,8 @@ BackwardScratch<T> backward_scratch(const AggregateBackwardProblem<T>& p, int64_
   s.z.data = s.du + pixels * s.padded;
   s.dt.data = s.z.data + window;
   s.place = reinterpret_cast<int64_t*>(s.dt.data + window);
-  std::memset(s.tile, 0, size_t(pixels * (s.depth + s.padded)) * sizeof(T));
+  // Of the rows that products read past the last, nothing is used.
+  std::memset(s.du + s.rows * p.width * s.padded, 0, size_t(kRowSlack * s.padded) * sizeof(T));
   return s;
 }
 
@@ -127,7 +129,11 @@ void backward_rows(const AggregateBackwardProblem<T>& p, int64_t kind, const Str
                             inside ? grads + s.padded * s.depth + s.depth * kernel * kernel : nullptr);
     else
       fill_grad<T, S>(p, kind, strip, y * p.width, count, s.du);
-    for (int64_t i = 0; i < count; ++i) s.place[i] = s.dt.at(0, y + i / p.width, i % p.width) - s.dt.data;
+    int64_t* to_place = s.place;
+    for (int64_t row = y; row < end; ++row) {
+      const int64_t first = s.dt.at(0, row, 0) - s.dt.data;
+      for (int64_t x = 0; x < p.width; ++x) *to_place++ = first + x * L;
+    }
     const int64_t step = s.dt.group_size();
     T* to = s.dt.data;
     const int64_t* place = s.place;
@@ -152,9 +158,9 @@ void backward_strip(const AggregateBackwardProblem<T>& p, int64_t kind, const St
     load_window(
         s.z, i * s.groups, s.groups,
         segment_tokens(p, static_cast<const S*>(p.qkv), strip.image, s.parts == 1 ? strip.part : i, kind),
-        p.height, p.segment);
+        p.segment);
   const int64_t top = std::max<int64_t>(0, strip.y0 - r), bottom = std::min(p.height, strip.y1 + r);
-  clear_outside(s.dt, 0, s.parts * s.groups, top, bottom);
+  clear_margins(s.dt, 0, s.parts * s.groups, top, bottom);
   backward_rows<T, S>(p, kind, strip, s, top, strip.y0, grads);
   backward_rows<T, S>(p, kind, strip, s, strip.y0, strip.y1, grads);
   backward_rows<T, S>(p, kind, strip, s, strip.y1, bottom, grads);
@@ -198,33 +204,58 @@ void aggregate_backward(const AggregateBackwardProblem<T>& p, int64_t kind, int6
   });
 }
 
+// Adds the sums of tokens [n, n + count) of one image to `sums` (2, 4, padded segment). Few tokens are summed
+// in registers: the more, the less evenly memory is asked for what comes next.
+template <class T, class S>
+void reduce_tokens(const AggregateBackwardProblem<T>& problem, int64_t image, int64_t part, int64_t n,
+                   int64_t count, T* sums) {
+  constexpr int L = kLanes<T>;
+  const AggregateBackwardProblem<T> p = problem;  // no store can change it: its members stay in registers
+  constexpr int64_t kTokens = 4;
+  const int64_t d = p.segment, padded = kSizes<T>.padded(d), product_at = kMixed * padded;
+  const auto grads = part_tokens(p, static_cast<const S*>(p.grad_mixed), image, part, kMixed * d, 0);
+  const Tokens<const S> u[2] = {premix_tokens<T, S>(p, image, part, 0),
+                                premix_tokens<T, S>(p, image, part, 1)};
+  for (int64_t i = n; i < n + count; i += kTokens) {
+    const int64_t end = std::min(i + kTokens, n + count);
+    for (int64_t j = i; j < end; ++j) {
+      request_token(u[0], j, p.tokens(), d);
+      request_token(u[1], j, p.tokens(), (kMixed - 1) * d);
+      request_token(grads, j, p.tokens(), kMixed * d);
+    }
+    for (int64_t s = 0; s < kMixed; ++s) {
+      const Tokens<const S>& from = u[s > 0];
+      const int64_t first = s ? (s - 1) * d : 0;
+      for (int64_t c = 0; c < d; c += L) {
+        T* to = sums + s * padded + c;
+        const Vec<T> mean = load(p.mean + s * padded + c);
+        Vec<T> sum = load(to), product = load(to + product_at);
+        for (int64_t j = i; j < end; ++j) {
+          const auto a = activation_grad<T, S>(p, s, c, from.at(j) + first, grads.at(j) + s * d);
+          sum += a.grad;
+          product += a.grad * (a.u - mean);
+        }
+        store(to, sum);
+        store(to + product_at, product);
+      }
+    }
+  }
+}
+
 // Sums of dA and dA * (U - mean) per channel, for BatchNorm's gradients. Tokens are counted over (3, B, N).
 template <class T>
 void backward_reduce(const AggregateBackwardProblem<T>& p, int64_t begin, int64_t end, double* sums) {
-  constexpr int L = kLanes<T>, kBlock = 64;
-  const int64_t d = p.segment, padded = kSizes<T>.padded(d), tokens = p.tokens();
+  constexpr int64_t kBlock = 64;  // more are summed in double precision
+  const int64_t size = 2 * kMixed * kSizes<T>.padded(p.segment), tokens = p.tokens();
+  T* block = thread_scratch<T>(size);
   with_storage<T>(p.dtype, [&](auto storage) {
     using S = decltype(storage);
     for (int64_t i = begin; i < end;) {
       const int64_t part = i / (p.batch * tokens), image = i / tokens % p.batch, n = i % tokens;
       const int64_t count = std::min<int64_t>({kBlock, end - i, tokens - n});
-      for (int64_t s = 0; s < kMixed; ++s) {
-        const auto from = premix_tokens<T, S>(p, image, part, s);
-        const auto grad = part_tokens(p, static_cast<const S*>(p.grad_mixed), image, part, kMixed * d, s * d);
-        for (int64_t c = 0; c < d; c += L) {
-          const Vec<T> mean = load(p.mean + s * padded + c);
-          Vec<T> sum{}, product{};
-          for (int64_t j = n; j < n + count; ++j) {
-            const auto a = activation_grad<T, S>(p, s, c, from.at(j), grad.at(j));
-            sum += a.grad;
-            product += a.grad * (a.u - mean);
-          }
-          for (int l = 0; l < L; ++l) {
-            sums[s * padded + c + l] += sum[l];
-            sums[(kMixed + s) * padded + c + l] += product[l];
-          }
-        }
-      }
+      std::memset(block, 0, size_t(size) * sizeof(T));
+      reduce_tokens<T, S>(p, image, part, n, count, block);
+      for (int64_t c = 0; c < size; ++c) sums[c] += block[c];
       i += count;
     }
   });

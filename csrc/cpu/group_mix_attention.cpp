@@ -119,7 +119,7 @@ void merge_context(const PositionWeights<T>& w, const T* state, int64_t state_si
 template <class T>
 void GroupMixCore<T>::forward(const AttentionTensors<T>& t, T* log_sum, T* context, Isa isa,
                               const Workers& workers) {
-  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment);
+  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   PositionWeights<T> weights(t.segment, k.lanes);
   weights.pack(t.weight, t.bias);
   AttentionProblem<T> p = problem_of(t, weights, 1, workers.threads);
@@ -145,7 +145,7 @@ void GroupMixCore<T>::forward(const AttentionTensors<T>& t, T* log_sum, T* conte
 template <class T>
 void GroupMixCore<T>::backward(const AttentionTensors<T>& t, const T* log_sum, const T* context, T* grads,
                                Isa isa, const Workers& workers) {
-  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment);
+  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   PositionWeights<T> weights(t.segment, k.lanes);
   weights.pack(t.weight, t.bias);
   AttentionProblem<T> p = problem_of(t, weights, 2, workers.threads);
@@ -178,19 +178,15 @@ void GroupMixCore<T>::backward(const AttentionTensors<T>& t, const T* log_sum, c
   p.log_sum = log_sums.get();
   const Chunks chunks{std::min(p.plan.count(), 4 * workers.threads)};
   const int64_t grad_size = weights.groups * (kTaps + 1) * k.lanes;
-  Buffer<T> partial(chunks.chunks * grad_size);
+  const Places places(workers, chunks);
+  Buffer<T> sums(places.count * grad_size);
   workers.run(chunks.chunks, [&](int64_t i) {
     k.attention_backward(p, chunks.begin(p.plan.count(), i), chunks.end(p.plan.count(), i),
-                         partial.get() + i * grad_size);
+                         sums.get() + places.of(i) * grad_size);
   });
-  auto total = [&](int64_t at) {
-    double sum = 0;
-    for (int64_t i = 0; i < chunks.chunks; ++i) sum += partial[i * grad_size + at];
-    return T(sum);
-  };
-  weights.each_tap([&](int64_t tap, int64_t, int64_t at) { grads[at] = total(tap); });
-  for (int64_t c = 0; c < channels; ++c)
-    grads[weights.weight_count() + c] = total(weights.groups * kTaps * k.lanes + c);
+  add_places(sums.get(), grad_size, places.count);
+  weights.each_tap([&](int64_t tap, int64_t, int64_t at) { grads[at] = sums[tap]; });
+  std::copy_n(sums.get() + weights.groups * kTaps * k.lanes, channels, grads + weights.weight_count());
 }
 
 template struct GroupMixCore<float>;

@@ -165,7 +165,7 @@ void attention(const AttentionProblem<T>& p, int64_t begin, int64_t end) {
     int64_t packed = -1;
     for (int64_t i = begin; i < end; ++i) {
       const Strip strip = p.plan.at(i, p.height);
-      Window<T> v{nullptr, strip.y0 - 3, strip.y1 - strip.y0 + 6, p.width, 3};
+      Window<T> v{nullptr, strip.y0 - 3, strip.y1 - strip.y0 + 6, p.width, p.height, 3};
       // The size does not depend on the strip, so that the packed matrices survive from one to the next.
       const int64_t window = z.groups * (p.plan.rows + 6) * v.row_size();
       T* matrices = thread_scratch<T>(z.matrices() + 3 * tile + window);
@@ -175,7 +175,7 @@ void attention(const AttentionProblem<T>& p, int64_t begin, int64_t end) {
       if (packed != strip.image)
         pack_matrices(z, matrices, p.context + strip.image * kHeads * z.head * z.head, p.scale, false);
       packed = strip.image;
-      load_window(v, 0, z.groups, attention_tokens<S>(p, strip.image, 2), p.height, z.channels);
+      load_window(v, 0, z.groups, attention_tokens<S>(p, strip.image, 2), z.channels);
       const auto to = Tokens<S>{static_cast<S*>(p.out) + strip.image * p.tokens() * kKinds * d, kKinds * d};
       const S* local = static_cast<const S*>(p.local) + strip.image * p.tokens() * d;
       for (int64_t y = strip.y0; y < strip.y1; y += rows) {

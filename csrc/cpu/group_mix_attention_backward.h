@@ -40,9 +40,9 @@ void load_position_grad(const AttentionProblem<T>& p, const AttentionSizes<T>& z
   constexpr int L = kLanes<T>;
   const auto q = attention_tokens<S>(p, image, 0);
   const auto g = grad_out_tokens<S>(p, image);
-  const int64_t y0 = std::max<int64_t>(0, w.top), y1 = std::min(p.height, w.top + w.rows),
-                step = w.group_size();
-  clear_outside(w, 0, z.groups, y0, y1);
+  const auto part = w.inside(w.top, w.rows);
+  const int64_t y0 = w.top + part.begin, y1 = w.top + part.end, step = w.group_size();
+  clear_margins(w, 0, z.groups, y0, y1);
   for (int64_t y = y0; y < y1; ++y)
     for (int64_t x = 0; x < p.width; ++x) {
       const int64_t n = y * p.width + x;
@@ -65,7 +65,7 @@ AttentionBackwardScratch<T> attention_backward_scratch(const AttentionProblem<T>
                                                        const AttentionSizes<T>& z, const Strip& strip,
                                                        int64_t tile) {
   AttentionBackwardScratch<T> s;
-  s.value = s.grad = {nullptr, strip.y0 - 3, strip.y1 - strip.y0 + 6, p.width, 3};
+  s.value = s.grad = {nullptr, strip.y0 - 3, strip.y1 - strip.y0 + 6, p.width, p.height, 3};
   const int64_t window = z.groups * (p.plan.rows + 6) * s.value.row_size();
   s.context = thread_scratch<T>(3 * z.matrices() + 6 * tile + 2 * window);
   s.grad_context = s.context + z.matrices();
@@ -134,7 +134,7 @@ void attention_backward(const AttentionProblem<T>& p, int64_t begin, int64_t end
         pack_matrices(z, s.grad_context_t, p.grad_context + strip.image * matrix, T(1), true);
       }
       packed = strip.image;
-      load_window(s.value, 0, z.groups, attention_tokens<S>(p, strip.image, 2), p.height, z.channels);
+      load_window(s.value, 0, z.groups, attention_tokens<S>(p, strip.image, 2), z.channels);
       load_position_grad<T, S>(p, z, s.grad, strip.image);
       for (int64_t y = strip.y0; y < strip.y1; y += rows)
         attention_backward_tile<T, S>(p, z, s, strip.image, y, std::min(y + rows, strip.y1));

@@ -10,6 +10,7 @@
 
 #include "depthwise_conv2d.h"
 #include "group_mix.h"
+#include "machine.h"
 
 namespace lkconv::cpu {
 
@@ -53,21 +54,22 @@ struct Workers {
 };
 
 // Whether 512-bit vectors pay for segments of `segment` channels: once a segment fills one, and, on
-// processors that split them into halves (those without AMX), unless they leave half a vector empty.
-inline bool wants_512_bits(Isa isa, int64_t segment) {
+// processors not known to run as many of them as of 256 bits, unless they leave half a vector empty.
+inline bool wants_512_bits(Isa isa, int64_t segment, bool whole) {
   const int64_t rest = segment % 16;
-  return isa == Isa::amx ? segment >= 16 : isa == Isa::avx512 && segment >= 16 && (rest == 0 || rest > 8);
+  return isa >= Isa::avx512 && segment >= 16 && (whole || rest == 0 || rest > 8);
 }
 
 template <class T>
-const GroupMixKernels<T>& group_mix_kernels(Isa isa, int64_t segment) {
-  const GroupMixTable* table = wants_512_bits(isa, segment) ? group_mix_avx512()
-                               : isa >= Isa::avx2           ? group_mix_avx2()
-                                                            : group_mix_baseline();
+const GroupMixKernels<T>& group_mix_kernels(Isa isa, int64_t segment, DType dtype) {
+  const bool wide = wants_512_bits(isa, segment, whole_512_bits());
+  const GroupMixTable* table = wide               ? group_mix_avx512()
+                               : isa >= Isa::avx2 ? group_mix_avx2()
+                                                  : group_mix_baseline();
   if constexpr (std::is_same_v<T, double>)
     return table->f64;
   else
-    return table->f32;
+    return wide && dtype == DType::bf16 && bf16_products() ? *group_mix_avx512_bf16() : table->f32;
 }
 
 // Strips of as many rows as keep `row_bytes` per row (plus `halo` rows) in a second-level cache, and enough
@@ -81,6 +83,20 @@ struct Chunks {
   int64_t begin(int64_t count, int64_t chunk) const { return count * chunk / chunks; }
   int64_t end(int64_t count, int64_t chunk) const { return count * (chunk + 1) / chunks; }
 };
+
+// Where chunks put their sums. One thread takes them in order, so that a single place holds them all.
+struct Places {
+  int64_t count;
+  Places(const Workers& workers, const Chunks& chunks) : count(workers.threads == 1 ? 1 : chunks.chunks) {}
+  int64_t of(int64_t chunk) const { return count == 1 ? 0 : chunk; }
+};
+
+// Adds the sums of all places, in order, to those of the first.
+template <class T>
+void add_places(T* sums, int64_t size, int64_t places) {
+  for (int64_t i = 1; i < places; ++i)
+    for (int64_t at = 0; at < size; ++at) sums[at] += sums[i * size + at];
+}
 
 // Weights of the aggregation as they are in the module, in the accumulation type: depthwise and pointwise of
 // kinds 1 to 4, BatchNorms 0 to 3 (mean is null where statistics come from the batch).

@@ -9,6 +9,10 @@
 
 #include "amx_detect.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace lkconv::cpu {
 
 const Kernels* kernels_baseline();
@@ -47,6 +51,49 @@ Isa detected_isa() {
 #else
   return Isa::baseline;
 #endif
+}
+
+std::string processor_vendor() {
+#if defined(__x86_64__)
+  unsigned top = 0, name[3] = {};
+  if (__get_cpuid(0, &top, &name[0], &name[2], &name[1]))
+    return std::string(reinterpret_cast<const char*>(name), sizeof(name));
+#endif
+  return "";
+}
+
+bool whole_512_bits_of(const std::string& vendor, unsigned signature, bool amx) {
+  if (vendor != "AuthenticAMD") return amx;
+  const unsigned family = (signature >> 8 & 15) + (signature >> 20 & 255);
+  const unsigned model = (signature >> 4 & 15) | (signature >> 12 & 0xf0);
+  const bool small = (model >= 0x20 && model < 0x40) || (model >= 0x60 && model < 0x70);
+  return family == 0x1a ? !small : family > 0x1a;
+}
+
+bool whole_512_bits() {
+  static const bool whole = [] {
+    unsigned signature = 0;
+#if defined(__x86_64__)
+    unsigned b, c, d;
+    if (!__get_cpuid(1, &signature, &b, &c, &d)) signature = 0;
+#endif
+    return whole_512_bits_of(processor_vendor(), signature, detected_isa() == Isa::amx);
+  }();
+  return whole;
+}
+
+bool bf16_products() {
+  static const bool have = [] {
+    const char* wanted = std::getenv("LKCONV_BF16_PRODUCTS");
+    if (wanted && !std::strcmp(wanted, "0")) return false;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return bool(__builtin_cpu_supports("avx512bf16"));
+#else
+    return false;
+#endif
+  }();
+  return have;
 }
 
 Isa active_isa() {

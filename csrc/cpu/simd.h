@@ -176,12 +176,10 @@ LKCONV_INLINE void store_part(S* p, T v, int64_t n) {
     return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
   else if constexpr (std::is_same_v<S, float>)
     return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
-  else {
-    alignas(32) S part[16];
-    store_from(part, v);
-    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1),
-                             _mm256_load_si256(reinterpret_cast<const __m256i*>(part)));
-  }
+  else if constexpr (std::is_same_v<S, f16>)
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), _mm512_cvtps_ph((__m512)v, 0));
+  else
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)round_to_bf16(v));
 #else
   S part[sizeof(v) / sizeof(v[0])];
   store_from(part, v);

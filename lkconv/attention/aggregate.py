@@ -18,7 +18,7 @@ from .batch_statistics import (
     shared_group,
 )
 from .checks import MOST_SEGMENT, check_aggregate
-from .derivatives import apply, eager_form, under_derivative
+from .derivatives import apply, call_op, eager_form, under_derivative
 from .parameters import AggregateParameters
 
 
@@ -66,9 +66,10 @@ def aggregate_tokens(
     height, width = size
     if running is not None:
         depthwise, pointwise, nw, nb, lw, lb = parameters
-        mixed, local = getattr(torch.ops, namespace).group_mix_aggregate(
-            qkv, height, width, depthwise, pointwise, nw, nb, *map(list, running), lw, lb, *eps
-        )
+        mixed, local = call_op(
+            getattr(torch.ops, namespace).group_mix_aggregate,
+            qkv, height, width, depthwise, pointwise, nw, nb, *map(list, running), lw, lb, *eps,
+        )  # fmt: skip
         return mixed, local, None
     return normalised_by_batch(namespace, qkv, size, parameters, eps, group)
 
@@ -98,6 +99,8 @@ _SplitHeadsEager = eager_form(_SplitHeads)
 
 def split_heads(mixed: Tensor, num_heads: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as (B, heads, N, 4 * d / heads): views of (3, B, N, 4 * d)."""
+    if not torch.is_grad_enabled():
+        return _SplitHeads.forward(mixed, num_heads)
     return apply(_SplitHeads, _SplitHeadsEager, mixed, num_heads)
 
 
@@ -135,7 +138,8 @@ def group_mix_aggregate(
 
     Args:
         qkv: (B, N, 3 * C), the output of ``Linear(C, 3 * C)``; float64, float32, float16 or bfloat16.
-            Parameters may have any floating dtype; arithmetic is float32 (float64 for float64).
+            Parameters may have any floating dtype; arithmetic is float32 (float64 for float64), but on CPUs
+            with AVX512-BF16 the pointwise product of bfloat16 tokens, whose factors are bfloat16.
         size: (H, W) with H * W = N; any positive numbers.
         depthwise_weights: (d, 1, 3, 3), (d, 1, 5, 5), (d, 1, 7, 7) and, for segment 4, (3 * d, 1, 3, 3).
         pointwise_weights: three (d, d) and (d, 3 * d), with or without two trailing ones.

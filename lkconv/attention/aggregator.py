@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,21 @@ from .plain import is_plain_depthwise, is_plain_pointwise
 
 def tensors_of(modules: Iterable[nn.Module], name: str) -> list[Tensor]:
     """The parameter or buffer of that name of each module."""
-    return [getattr(m, name) for m in modules]
+    return [_tensor_of(m, name) for m in modules]
+
+
+def _tensor_of(module: nn.Module, name: str) -> Tensor:
+    """The tables of a module are looked at first: as an attribute a parameter is slow to look up."""
+    for table in (module._parameters, module._buffers):
+        if (found := table.get(name)) is not None:
+            return found
+    return getattr(module, name)  # None itself, or parametrised
+
+
+def _children(module: nn.Module, name: str) -> dict[str, Any]:
+    """The submodules of a submodule: attributes that are modules are slow to look up, and a call asks for
+    many."""
+    return cast(nn.Module, module._modules[name])._modules
 
 
 class SeparableConv2d(nn.Module):
@@ -106,7 +120,7 @@ class GroupMixAggregator(nn.Module):
         self.agg0 = LocalBranch(d)
 
     def norms(self) -> list[Any]:
-        children = self._modules  # attributes that are modules are slow to look up, and a call asks for many
+        children = self._modules
         return [children["norm0"], children["norm1"], children["norm2"], children["norm3"]]
 
     def _fusible(self) -> bool:
@@ -149,16 +163,16 @@ class GroupMixAggregator(nn.Module):
 
         The third result is for :meth:`track`, once nothing in the call can fail any more.
         """
-        norms = self.norms()
-        by_batch = self.norm0.training or self.norm0.running_mean is None
-        separable = [self.agg1, self.agg2, self.agg3, self.agg0.conv]
+        norms, local = self.norms(), _children(self, "agg0")
+        first, layer_norm = norms[0], local["norm"]
+        by_batch = first.training or first.running_mean is None
+        separable = [*(_children(self, f"agg{i}") for i in (1, 2, 3)), local["conv"]._modules]
         parameters = AggregateParameters(
-            tensors_of([s.conv1 for s in separable], "weight"),
-            tensors_of([s.pointwise_conv for s in separable], "weight"),
+            tensors_of([s["conv1"] for s in separable], "weight"),
+            tensors_of([s["pointwise_conv"] for s in separable], "weight"),
             tensors_of(norms, "weight"),
             tensors_of(norms, "bias"),
-            self.agg0.norm.weight,
-            self.agg0.norm.bias,
+            *(_tensor_of(layer_norm, name) for name in ("weight", "bias")),
         )
         return fused.aggregate_tokens(
             namespace,
@@ -166,7 +180,7 @@ class GroupMixAggregator(nn.Module):
             size,
             parameters,
             None if by_batch else (tensors_of(norms, "running_mean"), tensors_of(norms, "running_var")),
-            (self.norm0.eps, self.agg0.norm.eps),
+            (first.eps, layer_norm.eps),
             self._group(),
         )
 

@@ -99,6 +99,7 @@ class _NormalisedByBatch(torch.autograd.Function):
         ctx.eps, ctx.layer_norm_eps, ctx.group, *parameters = rest
         _, _, mean, var, ctx.count, premix, prelocal = output
         ctx.mark_non_differentiable(mean, var, premix, prelocal)
+        ctx.set_materialize_grads(False)  # of premix and prelocal, they would be large tensors of zeros
         ctx.save_for_backward(qkv, premix, prelocal, mean, var, *parameters)
 
     @staticmethod
@@ -116,8 +117,12 @@ class _NormalisedByBatch(torch.autograd.Function):
         return stacked, tuple(None if not isinstance(c[0], Tensor) else 0 for c in columns)
 
     @staticmethod
-    def backward(ctx: Any, grad_mixed: Tensor, grad_local: Tensor, *_: Any) -> tuple:
+    def backward(ctx: Any, grad_mixed: Tensor | None, grad_local: Tensor | None, *_: Any) -> tuple:
         qkv, premix, prelocal, mean, var, *flat = ctx.saved_tensors
+        if grad_mixed is None:
+            grad_mixed = premix.new_zeros(*premix.shape[:3], premix.shape[3] // 3 * 4)
+        if grad_local is None:
+            grad_local = torch.zeros_like(prelocal)
         parameters = AggregateParameters.of(flat)
         nw, nb = parameters.norm_weights, parameters.norm_biases
         size, eps = (ctx.height, ctx.width), (ctx.eps, ctx.layer_norm_eps)

@@ -14,6 +14,8 @@ from ..modules import DepthwiseConv2d
 from . import aggregate as fused
 from .aggregator import GroupMixAggregator, tensors_of
 from .checks import check_dim, check_tokens
+from .derivatives import call_op
+from .linear import linear
 from .plain import is_plain_depthwise
 
 POSITION_KERNELS = (3, 5, 7)
@@ -120,13 +122,13 @@ class GroupMixAttention(nn.Module):
         if mixed.numel() == 0:  # a process without images among others that share statistics
             return self.composed(*fused.split_heads(mixed), local, size)
         core = getattr(torch.ops, namespace).group_mix_attention
-        return core(mixed, local, size[0], size[1], *self.crpe.parameter_lists(), self.scale)[0]
+        return call_op(core, mixed, local, size[0], size[1], *self.crpe.parameter_lists(), self.scale)[0]
 
     @backends.retried
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """x (B, N, C), tokens of an H x W grid -> (B, N, C)."""
         self.check(x, size)
-        qkv = self.qkv(x)
+        qkv = linear(self.qkv, x)
         namespace = self.namespace(qkv)
         if namespace is not None:
             mixed, local, statistics = self.aggregator.tokens(namespace, qkv, size)
@@ -135,7 +137,7 @@ class GroupMixAttention(nn.Module):
         else:
             q, k, v, local = self.aggregator(qkv, size)
             out = self.composed(q, k, v, local, size)
-        return self.proj_drop(self.proj(out))
+        return self.proj_drop(linear(self.proj, out))
 
     @torch.no_grad()
     def attention_maps(self, x: Tensor, size: tuple[int, int], queries: Sequence[int]) -> Tensor:
@@ -193,7 +195,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return self.drop(linear(self.fc2, self.drop(self.act(linear(self.fc1, x)))))
 
 
 class DropPath(nn.Module):
