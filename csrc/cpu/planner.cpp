@@ -27,7 +27,8 @@ constexpr double kAtenMargin = 1.1;
 constexpr int64_t kAtenFarBytes = 6 << 20;
 constexpr double kLeastFftProducts = 16;  // a transform's rounding errors exceed those of so short a sum
 constexpr int64_t kBatchPixels = 224;     // outputs computed between loading and storing
-constexpr double kSplitPixel = 2.5, kRoundSums = 14;  // operations on a vector of bfloat16 read in place
+// Operations on a vector of bfloat16 read in place; columns of taps split each pixel once.
+constexpr double kSplitPixel = 2.5, kSplitColumn = 1, kRoundSums = 14;
 // Pixels this far apart share one set of a first-level cache, which holds fewer than a block of outputs
 // reads: each tap costs so many times as much, in the passes that write a tensor and in backward_weight.
 constexpr int64_t kAliasedBytes = 4096;
@@ -42,16 +43,17 @@ struct Costs {
   double phase_move[2];     // a phase of backward_input writes every stride-th pixel
   double kernel_tap;        // one vector of taps to scratch
   double planar, planar_move, pixel_move;  // pixel: of planar sums that read in place
+  double planar_halves[2];                 // bfloat16 in place beside float32; at a stride of 2
   double fft, fft_move[2];                 // whole transforms over the sum of their butterflies
   double toeplitz, toeplitz_move[2];
   double aten_tap, aten_move, aten_far_move;  // of oneDNN; far: both tensors together leave the caches
   double aten_call;                           // what one of its calls costs beyond ours
 };
-constexpr Costs kOneMultiplier{1.12, 1.5,  1.7,     {9, 18}, 2,      {22, 60}, 20, 1.0, 3,
-                               2.5,  1.55, {9, 22}, 1,       {0, 0}, 1.25,     5,  16,  160000};
+constexpr Costs kOneMultiplier{1.12,       1.5,  1.7,     {9, 18}, 2,      {22, 60}, 20, 1.0, 3,     2.5,
+                               {0.8, 0.6}, 1.55, {9, 22}, 1,       {0, 0}, 1.25,     5,  16,  160000};
 // Processors with AMX start two multiply-adds of 64 bytes per cycle; a core's share of memory is no faster.
-constexpr Costs kTwoMultipliers{0.6, 0.87, 1.2,      {16, 17}, 6,       {85, 140}, 45, 0.55, 6,
-                                4,   1.02, {20, 12}, 0.6,      {17, 3}, 1.0,       10, 10,   310000};
+constexpr Costs kTwoMultipliers{0.6,    0.87, 1.2,      {16, 17}, 6,       {85, 140}, 45, 0.55, 6,     4,
+                                {1, 1}, 1.02, {20, 12}, 0.6,      {17, 3}, 1.0,       10, 10,   310000};
 const Costs& costs_on(const Machine& m) { return m.isa == Isa::amx ? kTwoMultipliers : kOneMultiplier; }
 
 // Number of (output, tap) pairs on one axis whose input lies inside the image.
@@ -193,8 +195,9 @@ bool aliased(const Geometry& g, DType dtype) { return g.channels * dtype_size(dt
 
 double cycles_of_tap(Pass pass, const Geometry& g, bool in_place, const Costs& c) {
   if (in_place && !narrow_rows(g)) return c.wide_tap;
+  // Whether a loaded pixel serves several outputs.
   const bool shared = in_place ? pass != Pass::backward_weight || g.stride_w == 1
-                               : g.stride_w == 1 && g.dil_w == 1;  // a loaded pixel serves several outputs
+                               : g.stride_w == 1 && g.dil_w == 1 && g.kernel_w > 1;
   return shared ? c.tap : c.strided_tap;
 }
 
@@ -218,7 +221,8 @@ void estimate_direct(Pass pass, const Geometry& g, int64_t reduce, DType dtype, 
   if (!p.in_place || parts < 2) return;
   // Both parts' products; taking pixels apart for each kernel row, and putting sums together.
   const double round = pass == Pass::backward_weight ? 0 : kRoundSums;
-  p.cycles += c.tap * (vectors + outputs * (kSplitPixel * double(g.kernel_h) + round));
+  const double split = g.kernel_w == 1 ? kSplitColumn : kSplitPixel;
+  p.cycles += c.tap * (vectors + outputs * (split * double(g.kernel_h) + round));
 }
 
 // The plan whose tensors are read in place, in groups of `parts` vectors of floats, or the one with windows.
@@ -335,6 +339,7 @@ const char* planar_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType 
                       : p.in_place               ? c.pixel_move
                                                  : c.planar_move;
   p.cycles = c.planar * p.cycles + move * vectors * double(g.batch * g.channels);
+  if (p.in_place && dtype == DType::bf16 && g.phases == 1) p.cycles *= c.planar_halves[g.stride_w > 1];
   return nullptr;
 }
 
@@ -369,7 +374,7 @@ const char* aten_plan_for(Pass pass, const Geometry& g, int64_t, DType dtype, co
   const double vectors = double(channel_groups(g.channels, p) * g.batch) * pixels;
   const Costs& c = costs_on(m);
   p.flops = 2 * double(taps * g.batch * g.channels) * pixels;
-  const bool far = g.stride_h == 1 && g.phases == 1 &&
+  const bool far = (g.stride_h == 1 || dtype == DType::bf16) && g.phases == 1 &&
                    vectors * double(p.lanes * dtype_size(dtype)) > double(kAtenFarBytes);
   const double move = far ? c.aten_far_move : c.aten_move * (forward ? 1 : 4);
   p.cycles = kAtenMargin * (vectors * (c.aten_tap * double(taps) / phases + move) + c.aten_call / phases);
