@@ -1,8 +1,9 @@
 // backward_weight of tensors whose rows are read in place: lanes are neighbouring outputs of a row, sums
-// belong to taps. A vector of pixels is loaded once for all the kernel rows that meet it, so a block of Y
-// rows of outputs takes (Y + K - 1) V + Y loads for the Y K V multiply-adds of K rows of V taps. A product
-// counts only where both its output and its pixel exist, as PyTorch's zeros of the halo never meet a
-// gradient. For a stride of 1 or 2 in both directions and no dilation.
+// belong to taps. A row of pixels is loaded once, shifted in registers for each of V columns of taps, and
+// multiplied with every row of outputs that it meets: a block of Y rows of outputs takes Y + K - 1 + Y loads,
+// few of them aligned, for the Y K V multiply-adds of K rows of V taps. Pixels and outputs that do not exist
+// are masked out of the products, so that none with the halo's zeros is formed. For a stride of 1 or 2 in
+// both directions and no dilation.
 #pragma once
 
 #include "planar_strided.h"
@@ -131,10 +132,7 @@ template <class T, int K, int V, int kStride>
 void correlate_planes(const PlanePair<T>& r) {
   constexpr int L = kLanes<float>;
   Vec<float> a[K][V] = {};
-  for (int64_t n = 0; n < r.images; ++n) {
-    if (r.ahead) r.ahead->request_both(r.in_plane + n * r.in_image, r.grad_plane + n * r.grad_image, r.step);
-    correlate_planes_image<K, V, kStride>(a, r, n);
-  }
+  for (int64_t n = 0; n < r.images; ++n) correlate_planes_image<K, V, kStride>(a, r, n);
 #pragma GCC unroll 4
   for (int u = 0; u < K; ++u)
 #pragma GCC unroll 8
