@@ -297,9 +297,11 @@ void direct_tile_rows(const ForwardProblem& p, const Plan& plan, const DirectScr
   for (int64_t y0 = t.y0; y0 < t.y1; y0 += plan.batch_rows) {
     const int64_t y1 = std::min(y0 + plan.batch_rows, t.y1);
     for (int64_t j = 0; j < p.reduce; ++j) {
-      for (int64_t g = 0; g < span.count; ++g)
+      for (int64_t g = 0; g < span.count; ++g) {
         span.input[g] = make_lanes<T>(p.input, n, c0 + g * L, p.channels,
                                       [&](int64_t c) { return p.input_channel(c, j); });
+        ask_ahead(span.input[g], p.input, requests_planes(p, p.input.dtype));
+      }
       // With several input planes per output the ring holds one plane at a time and is filled anew for each.
       const int64_t begin =
           p.reduce == 1 ? loaded : std::clamp<int64_t>(y0 * p.stride_h - p.pad_h, t.iy0, t.iy1);
@@ -344,6 +346,7 @@ void forward_direct(const ForwardProblem& p, const Plan& plan, int64_t task0, in
     loaded_group = g0;
     for (int64_t g = 0; g < span.count; ++g) {
       span.output[g] = make_lanes<T>(p.output, n, c0 + g * L, p.channels, [](int64_t c) { return c; });
+      ask_ahead(span.output[g], p.output, requests_planes(p, p.input.dtype));
       span.window[g] = {s.windows + g * s.row * s.ring, s.row, s.ring};
       span.bias[g] = load_bias<T>(p.bias, c0 + g * L, p.channels);
     }

@@ -25,9 +25,19 @@ LKCONV_INLINE void request_pixels(const T* at, int64_t step, int64_t count) {
 
 constexpr int64_t kRequestBytes = 1 << 20;  // smaller tensors stay in a core's own cache
 
+LKCONV_INLINE int64_t input_bytes(const Geometry& p, DType dtype) {
+  return p.batch * p.height * p.width * p.channels * dtype_size(dtype);
+}
 // Whether the next rows of an image are asked for.
 LKCONV_INLINE bool requests_rows(const Geometry& p, DType dtype) {
-  return p.batch * p.height * p.width * p.channels * dtype_size(dtype) >= kRequestBytes;
+  return input_bytes(p, dtype) >= kRequestBytes;
+}
+
+// Whether planes that direct sums copy to scratch are asked for ahead, 16 at a time: while the tensors stay
+// in a shared cache this costs more than it gives.
+constexpr int64_t kRequestPlaneBytes = 6 << 20;
+LKCONV_INLINE bool requests_planes(const Geometry& p, DType dtype) {
+  return input_bytes(p, dtype) >= kRequestPlaneBytes;
 }
 
 // The channel groups a task handles together, kElements channels each. The last one of a tensor moves left to

@@ -162,6 +162,7 @@ inline void forward_fft(const ForwardProblem& p, const Plan& plan, int64_t task0
   float* sum = p.reduce > 1 ? kernels + size * p.reduce : x;
   float* z = kernels + size * (p.reduce + (p.reduce > 1));
   const float scale = float(0.25 / double(plan.fft_h * plan.fft_w));
+  const bool large = requests_rows(p, p.input.dtype);
   int64_t loaded_group = -1;
   for (int64_t task = task0; task < task1; ++task) {
     const int64_t group = task / (p.batch * tiles), n = task / tiles % p.batch, c0 = group * kLanesF;
@@ -176,9 +177,10 @@ inline void forward_fft(const ForwardProblem& p, const Plan& plan, int64_t task0
     const FftTile t = g.tile(p, task % tiles);
     if (p.reduce > 1) zero(sum, size / kLanesF);
     for (int64_t j = 0; j < p.reduce; ++j) {
-      load_tile(
-          s, x, z,
-          make_lanes<float>(p.input, n, c0, p.channels, [&](int64_t c) { return p.input_channel(c, j); }), t);
+      Lanes<float> from =
+          make_lanes<float>(p.input, n, c0, p.channels, [&](int64_t c) { return p.input_channel(c, j); });
+      ask_ahead(from, p.input, large);
+      load_tile(s, x, z, from, t);
       for (int64_t f = 0; f < s.columns; ++f) {
         float* column = x + f * s.column_stride;
         const float* kernel = kernels + j * size + f * s.column_stride;
@@ -190,7 +192,8 @@ inline void forward_fft(const ForwardProblem& p, const Plan& plan, int64_t task0
         if (j + 1 == p.reduce) fft_inverse(*s.h, sum + f * s.column_stride);
       }
     }
-    const Lanes<float> to = make_lanes<float>(p.output, n, c0, p.channels, [](int64_t c) { return c; });
+    Lanes<float> to = make_lanes<float>(p.output, n, c0, p.channels, [](int64_t c) { return c; });
+    ask_ahead(to, p.output, large);
     const VF bias = load_bias<float>(p.bias, c0, p.channels);
     rows_inverse(s, sum, z, t.y1 - t.y0, [&](int64_t r, const float* src) {
       store_rows(src, 0, kElement, bias, to, t.y0 + r, t.y0 + r + 1, t.x0, t.x1);
@@ -207,15 +210,17 @@ inline void weight_fft(const WeightProblem& p, const Plan& plan, float* partial,
   float* x = thread_scratch<float>(size * 3 + s.row_floats());
   float *d = x + size, *sum = d + size, *z = sum + size;
   const float scale = float(0.25 / double(plan.fft_h * plan.fft_w));
+  const bool large = requests_rows(p, p.input.dtype);
   const int64_t groups = channel_groups(p.channels, plan);
   for (int64_t task = task0; task < task1; ++task) {
     const int64_t group = task / plan.splits, split = task % plan.splits, c0 = group * kLanesF;
     zero(sum, size / kLanesF);
     for (int64_t n = p.batch * split / plan.splits; n < p.batch * (split + 1) / plan.splits; ++n) {
-      const Lanes<float> in =
+      Lanes<float> in =
           make_lanes<float>(p.input, n, c0, p.channels, [&](int64_t c) { return c / p.channel_div; });
-      const Lanes<float> grad =
-          make_lanes<float>(p.grad_output, n, c0, p.channels, [](int64_t c) { return c; });
+      Lanes<float> grad = make_lanes<float>(p.grad_output, n, c0, p.channels, [](int64_t c) { return c; });
+      ask_ahead(in, p.input, large);
+      ask_ahead(grad, p.grad_output, large);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const FftTile t = g.tile(p, tile);
         load_tile(s, x, z, in, t);

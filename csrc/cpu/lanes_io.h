@@ -13,7 +13,32 @@ struct Lanes {
   int reach;        // all lanes lie in so many elements from base[0] on, one vector at most; else 0
   DType dtype;
   int64_t stride_y, stride_x;  // in elements
+  int64_t ahead;               // see ask_ahead
 };
+
+// Planes are read and written sixteen at a time, more streams than hardware prefetchers follow. Those of
+// large tensors are asked for so many elements ahead: small ones in the next image, which tasks take next,
+// others some way down the plane, which is kDownThePlane until the width of the rows is known.
+constexpr int64_t kSmallPlaneBytes = 4096, kDownThePlane = -1, kDownBytes = 512;
+template <class T>
+LKCONV_INLINE void ask_ahead(Lanes<T>& lanes, const TensorView& t, bool large) {
+  if (!large || lanes.neighbours || t.stride_w != 1) return;
+  const bool small = t.stride_c * dtype_size(t.dtype) < kSmallPlaneBytes;
+  lanes.ahead = small ? t.stride_n : kDownThePlane;
+}
+// The distance for rows that do or do not follow each other without a gap.
+template <class S, class T>
+LKCONV_INLINE int64_t distance_ahead(const Lanes<T>& lanes, bool joined) {
+  if (lanes.ahead != kDownThePlane) return lanes.ahead;
+  return joined ? kDownBytes / int64_t(sizeof(S)) : lanes.stride_y;
+}
+// One line of every plane; half types fill it with two blocks.
+template <int kWrite, class S, class T>
+LKCONV_INLINE void request_lines(const Lanes<T>& lanes, int64_t offset, int64_t ahead) {
+  if (!ahead || (sizeof(S) < sizeof(T) && offset / kLanes<T> % 2)) return;
+  for (int l = 0; l < lanes.count; ++l)
+    __builtin_prefetch(reinterpret_cast<const S*>(lanes.base[l]) + offset + ahead, kWrite, 2);
+}
 
 template <class T, class Channel>
 LKCONV_INLINE Lanes<T> make_lanes(const TensorView& t, int64_t n, int64_t c0, int64_t channels,
@@ -24,6 +49,7 @@ LKCONV_INLINE Lanes<T> make_lanes(const TensorView& t, int64_t n, int64_t c0, in
   lanes.dtype = t.dtype;
   lanes.stride_y = t.stride_h;
   lanes.stride_x = t.stride_w;
+  lanes.ahead = 0;
   lanes.neighbours = true;
   for (int l = 0; l < lanes.count; ++l) {
     lanes.base[l] = static_cast<char*>(t.data) + (n * t.stride_n + channel(c0 + l) * t.stride_c) * size;
@@ -159,10 +185,12 @@ void load_rows_as(T* dst, int64_t row_step, int64_t step, const Lanes<T>& in, in
   if (in.reach) return load_rows_repeated<T, S>(dst, row_step, step, in, y0, y1, x0, x1);
   if (in.stride_x != 1) return load_rows_scalar<T, S>(dst, row_step, step, in, y0, y1, x0, x1);
   const PixelRun run(y1 - y0, x1 - x0, in.stride_y);
+  const int64_t ahead = distance_ahead<S>(in, run.segments == 1);
   for (int64_t s = 0; s < run.segments; ++s) {
     const int64_t from = (y0 + s) * in.stride_y + x0;
     for (int64_t q = 0; q < run.length; q += L) {
       const int64_t n = std::min<int64_t>(L, run.length - q);
+      request_lines<0, S>(in, from + q, ahead);
       Vec<T> r[L];
       load_block<T, S>(r, in, from + q, n);
       PixelCursor<T> to(dst + s * row_step, row_step, step, run.cols, q);
@@ -191,10 +219,12 @@ void store_rows_as(const T* src, int64_t row_step, int64_t step, Vec<T> bias, co
   }
   if (out.stride_x != 1) return store_rows_scalar<T, S>(src, row_step, step, bias, out, y0, y1, x0, x1);
   const PixelRun run(y1 - y0, x1 - x0, out.stride_y);
+  const int64_t ahead = distance_ahead<S>(out, run.segments == 1);
   for (int64_t s = 0; s < run.segments; ++s) {
     const int64_t to = (y0 + s) * out.stride_y + x0;
     for (int64_t q = 0; q < run.length; q += L) {
       const int64_t n = std::min<int64_t>(L, run.length - q);
+      request_lines<1, S>(out, to + q, ahead);
       PixelCursor<const T> from(src + s * row_step, row_step, step, run.cols, q);
       Vec<T> r[L];
 #pragma GCC unroll 16
