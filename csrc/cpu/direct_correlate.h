@@ -13,12 +13,17 @@ struct RowsAhead {
   int64_t left;          // of these pixels
 
   LKCONV_INLINE void request(int64_t count) {
-    for (int64_t i = std::min(count, left); i > 0; --i, --left) {
-      __builtin_prefetch(grad, 0, 2);
-      grad += grad_step;
-      for (int64_t p = 0; p < pixels; ++p, in += in_step)
-        for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(in + r * in_row, 0, 2);
-    }
+    const int64_t n = std::min(count, left);
+    if (n <= 0) return;
+    left -= n;
+    const char *g = grad, *p = in;
+    for (int64_t i = 0; i < n; ++i, g += grad_step) __builtin_prefetch(g, 0, 2);
+    if (rows == 1 && pixels == 1)  // nearly always, and beside few products
+      for (int64_t i = 0; i < n; ++i, p += in_step) __builtin_prefetch(p, 0, 2);
+    else
+      for (int64_t i = 0; i < n * pixels; ++i, p += in_step)
+        for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(p + r * in_row, 0, 2);
+    grad = g, in = p;
   }
 };
 
