@@ -153,6 +153,15 @@ def test_what_the_module_itself_computes(products, call):
     assert not products
 
 
+def test_wrong_widths_are_the_modules_own_error(products):
+    module, x, _ = case()
+    with pytest.raises(RuntimeError) as expected:
+        module(x[..., 1:])
+    with pytest.raises(RuntimeError) as raised:
+        linear(module, x[..., 1:])
+    assert str(raised.value) == str(expected.value) and not products
+
+
 def test_torch_compile_sees_the_module(products):
     module, x, _ = case()
     compiled = torch.compile(lambda t: linear(module, t), backend="eager", fullgraph=True)

@@ -54,11 +54,11 @@ template <class T>
 void correlate_image(const WeightProblem& p, const Plan& plan, DirectWeightScratch<T>& s, int64_t n,
                      int64_t c0) {
   constexpr int L = kLanes<T>;
+  const bool large = requests_planes(p, p.input.dtype);
   for (int64_t g = 0; g < s.count; ++g) {
     const int64_t c = c0 + g * L;
     s.input[g] = make_lanes<T>(p.input, n, c, p.channels, [&](int64_t c) { return c / p.channel_div; });
     s.grad_output[g] = make_lanes<T>(p.grad_output, n, c, p.channels, [](int64_t c) { return c; });
-    const bool large = requests_planes(p, p.input.dtype);
     ask_ahead(s.input[g], p.input, large);
     ask_ahead(s.grad_output[g], p.grad_output, large);
     zero(s.image[g], p.kernel_h * p.kernel_w);

@@ -95,9 +95,11 @@ void correlate_in_place(float* acc, int64_t taps, const RowPair<Pixels>& r) {
   }
 }
 
-// What the row of grad_output after the one at `grads` reads anew, from `in` on.
+// What the row of grad_output after the one at `grads`, of `pixels` pixels, reads anew: `rows` rows from `in`
+// on.
 template <class T>
-LKCONV_INLINE RowsAhead rows_ahead(const WeightProblem& p, const T* grads, const T* in) {
+LKCONV_INLINE RowsAhead rows_ahead(const WeightProblem& p, const T* grads, const T* in, int64_t rows,
+                                   int64_t pixels) {
   constexpr int64_t kSize = sizeof(T);
   const TensorView &grad = p.grad_output, &input = p.input;
   return {reinterpret_cast<const char*>(grads + grad.stride_h),
@@ -105,9 +107,9 @@ LKCONV_INLINE RowsAhead rows_ahead(const WeightProblem& p, const T* grads, const
           grad.stride_w * kSize,
           input.stride_w * kSize,
           input.stride_h * kSize,
-          0,
+          rows,
           p.stride_w,
-          0};
+          pixels};
 }
 
 // The sums of one image for `count` groups from channel c0 on.
@@ -127,9 +129,9 @@ void correlate_image_in_place(const WeightProblem& p, float* sums, int64_t count
       const int64_t c = std::min(c0 + g * L, p.channels - L);
       const T* grads = element<T>(grad, n, c, y);
       const T* image = element<T>(in, n, c, 0);
-      RowsAhead ahead = rows_ahead(p, grads, image + next * in.stride_h);
-      ahead.rows = std::clamp<int64_t>(p.height - next, 0, p.stride_h);
-      ahead.left = request && y + 1 < p.out_height ? p.out_width : 0;
+      RowsAhead ahead = rows_ahead(p, grads, image + next * in.stride_h,
+                                   std::clamp<int64_t>(p.height - next, 0, p.stride_h),
+                                   request && y + 1 < p.out_height ? p.out_width : 0);
       const TensorSteps steps{grad.stride_w, in.stride_w, &ahead};
       const T* rows = image + (top + u0 * p.dil_h) * in.stride_h - p.pad_w * in.stride_w;
       float* acc = sums + g * taps * L + u0 * p.kernel_w * kLanes<float>;

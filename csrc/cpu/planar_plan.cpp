@@ -158,7 +158,7 @@ const char* planar_weight_plan(const Geometry& g, DType dtype, const Machine& m,
   plan.tile_h = std::max<int64_t>(1, std::min(g.out_height, blocks * kWeightBlockRows));
   plan.images = std::max<int64_t>(1, kLongestSum / (plan.tile_h * across));
   if (plan.tile_h < g.out_height) plan.images = 1;
-  plan.scratch_bytes = planar_weight_sizes(g).bytes;
+  plan.scratch_bytes = planar_weight_sizes(g, plan.lanes).bytes;
   if (plan.scratch_bytes > kMaxScratchBytes) return "its scratch memory would exceed the limit";
   const double planes = double(g.batch * g.channels);
   plan.flops = 2 * double(plan.lanes) * planes * double(ceil_div(g.out_width, plan.lanes) * g.out_height) *
@@ -276,11 +276,10 @@ PixelSizes pixel_sizes(const Geometry& g, const Plan& plan) {
   return s;
 }
 
-PlanarWeightSizes planar_weight_sizes(const Geometry& g) {
-  constexpr int64_t kLanesF = 16;
-  const int64_t sums = round_up(g.kernel_h * g.kernel_w, kLanesF) * kLanesF;
-  const int64_t columns = ceil_div(g.out_width, kLanesF) * g.kernel_w;
-  return {sums, kLanesF * sums * int64_t(sizeof(float)) + columns * 5 * int64_t(sizeof(uint32_t))};
+PlanarWeightSizes planar_weight_sizes(const Geometry& g, int64_t lanes) {
+  const int64_t sums = round_up(g.kernel_h * g.kernel_w, lanes) * lanes;
+  const int64_t columns = ceil_div(g.out_width, lanes) * g.kernel_w;
+  return {sums, lanes * sums * int64_t(sizeof(float)) + columns * kTapColumnBytes};
 }
 
 const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,

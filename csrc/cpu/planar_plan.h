@@ -89,7 +89,8 @@ constexpr int64_t weight_columns(int64_t rows) { return rows == 1 ? 8 : 4; }
 struct PlanarWeightSizes {
   int64_t sums, bytes;
 };
-PlanarWeightSizes planar_weight_sizes(const Geometry& g);
+PlanarWeightSizes planar_weight_sizes(const Geometry& g, int64_t lanes);
+constexpr int64_t kTapColumnBytes = 5 * int64_t(sizeof(uint32_t));  // of a TapColumn of planar_weight.h
 
 const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
                         Plan& plan);

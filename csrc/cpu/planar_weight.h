@@ -18,6 +18,7 @@ struct TapColumn {
   ElementMask pairs;
   DealtMasks pixels, next;
 };
+static_assert(sizeof(TapColumn) == kTapColumnBytes);
 
 // Rows of one channel's grad_output, in some images, and the pixels of the input that the kernel's first row
 // and column of this call meet.
@@ -171,7 +172,7 @@ class PlanarWeightTask {
         groups_(channel_groups(p.channels, plan)),
         ahead_(p.input, p.height * p.width, p.grad_output, p.out_height * p.out_width, p.batch * p.channels,
                ceil_div(p.out_height, kWeightBlockRows)) {
-    const PlanarWeightSizes s = planar_weight_sizes(p);
+    const PlanarWeightSizes s = planar_weight_sizes(p, plan.lanes);
     char* at = static_cast<char*>(thread_scratch_bytes(size_t(s.bytes)));
     sums_ = reinterpret_cast<float*>(at);
     sums_of_channel_ = s.sums;

@@ -225,7 +225,7 @@ void estimate_direct(Pass pass, const Geometry& g, int64_t reduce, DType dtype, 
   p.cycles += c.tap * (vectors + outputs * (split * double(g.kernel_h) + round));
 }
 
-// The plan whose tensors are read in place, in groups of `parts` vectors of floats, or the one with windows.
+// The plan with windows or, if asked for and possible, the one whose tensors are read in place.
 Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m, bool in_place) {
   const int64_t parts = in_place ? parts_in_place(dtype, m) : 0;
   Plan p;
@@ -240,11 +240,11 @@ Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, cons
 }
 
 Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
-  const Plan windows = direct_plan(pass, g, reduce, dtype, m, false);
-  if (!parts_in_place(dtype, m)) return windows;
+  if (!parts_in_place(dtype, m)) return direct_plan(pass, g, reduce, dtype, m, false);
   const Plan in_place = direct_plan(pass, g, reduce, dtype, m, true);
-  const bool better = in_place.in_place && (!aliased(g, dtype) || in_place.cycles < windows.cycles);
-  return better ? in_place : windows;
+  if (in_place.in_place && !aliased(g, dtype)) return in_place;
+  const Plan windows = direct_plan(pass, g, reduce, dtype, m, false);
+  return in_place.in_place && in_place.cycles < windows.cycles ? in_place : windows;
 }
 
 struct AxisChoice {

@@ -64,6 +64,7 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 for t in given)
         and x.numel() > 0
+        and x.shape[-1] == weight.shape[-1]  # else the module says what is wrong
         and all(t.device.type == "cpu" for t in given)
         and not torch.is_autocast_enabled("cpu")
         and torch.get_float32_matmul_precision() == "highest"
