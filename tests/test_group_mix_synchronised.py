@@ -1,10 +1,5 @@
 """Statistics shared between processes: two with a part of the batch get what one with all of it gets."""
 
-import datetime
-import multiprocessing
-import queue as queues
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +7,7 @@ from torch import nn
 
 import lkconv
 from group_mix_cases import aggregate_arguments, attention
+from two_processes import run_in_two_processes
 
 SIZE, IMAGES = (3, 4), 5
 SHARES = {"2 and 3 images": 2, "no images and 5": 0}
@@ -72,55 +68,26 @@ def cases():
         yield f"{run.__name__} twice", run, 2, True
 
 
-def _worker(rank, port, queue):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=20),
-    )
+def _work(rank):
+    """Results of every case by its name, for the images of this process."""
+    found = {}
     for name, run, share, twice in cases():
         images = slice(0, share) if rank == 0 else slice(share, IMAGES)
-        result = torch.utils._pytree.tree_map(
-            lambda t: t.detach().numpy(), step(run, images, dist.group.WORLD, twice)
-        )
-        queue.put((rank, name, result))
-    dist.destroy_process_group()
+        result = step(run, images, dist.group.WORLD, twice)
+        found[name] = torch.utils._pytree.tree_map(torch.Tensor.detach, result)
+    return found
 
 
 @pytest.fixture(scope="module")
-def results():
-    """What both processes got, by (rank, case)."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_worker, args=(r, port, queue)) for r in range(2)]
-    for w in workers:
-        w.start()
-    found = {}
-    wanted = 2 * len(list(cases()))
-    try:
-        while len(found) < wanted and (any(w.is_alive() for w in workers) or not queue.empty()):
-            try:
-                rank, name, result = queue.get(timeout=1)
-            except queues.Empty:
-                continue
-            found[rank, name] = torch.utils._pytree.tree_map(torch.from_numpy, result)
-    finally:
-        for w in workers:
-            w.join(30)
-    return found
+def results(tmp_path_factory):
+    """What both processes got, by rank and case."""
+    return run_in_two_processes(_work, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("name,run,share,twice", cases(), ids=[c[0] for c in cases()])
 def test_two_processes_equal_one(name, run, share, twice, results):
-    assert (0, name) in results and (1, name) in results, "a process failed or waited for the other in vain"
     grad, grads, buffers = step(run, slice(0, IMAGES), twice=twice)
-    (grad0, grads0, buffers0), (grad1, grads1, buffers1) = results[0, name], results[1, name]
+    (grad0, grads0, buffers0), (grad1, grads1, buffers1) = results[0][name], results[1][name]
     assert len(grad0) == share
     torch.testing.assert_close(torch.cat([grad0, grad1]), grad, rtol=1e-8, atol=1e-10)
     for a, b, whole in zip(grads0, grads1, grads, strict=True):

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import lkconv
 from lkconv._fake import memory_format
 from lkconv.ops import register_hooks
+from two_processes import run_in_two_processes
 
 OPS = torch.ops.lkconv
 GEOMETRIES = [
@@ -367,20 +368,18 @@ print([m for m in set(sys.modules) - before if m.startswith(heavy)])
     assert run_python(code).strip() == "[]"
 
 
-DISTRIBUTED = """
-import os, sys, torch, torch.distributed as dist, torch.nn.functional as F
-import torch.multiprocessing as mp
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes(tmp_path):
+    """DDP, and DTensor sharded over batch and channels, on two gloo processes."""
+    run_in_two_processes(_check_distributed, tmp_path)
 
-def work(rank, store):
-    dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    import lkconv
-    check_ddp(rank, lkconv)
-    check_dtensor(rank, lkconv)
-    dist.barrier()  # gloo may abort a process whose peer has already left
-    dist.destroy_process_group()
 
-def check_ddp(rank, lkconv):
+def _check_distributed(rank):
+    _check_ddp(rank)
+    _check_dtensor()
+
+
+def _check_ddp(rank):
     torch.manual_seed(0)
     layer = lkconv.DepthwiseConv2d(4, 5, padding=2, dtype=torch.float64)
     x = torch.randn(4, 4, 8, 8, dtype=torch.float64)
@@ -389,8 +388,10 @@ def check_ddp(rank, lkconv):
     wrapped(x[rank * 2 : rank * 2 + 2]).square().mean().backward()
     torch.testing.assert_close([p.grad for p in layer.parameters()], list(expected))
 
-def check_dtensor(rank, lkconv):
+
+def _check_dtensor():
     from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     sizes = (4, 6, 9, 8), (12, 1, 3, 5), (12,)
@@ -409,7 +410,8 @@ def check_dtensor(rank, lkconv):
         grads = torch.autograd.grad(expected.square().sum(), full)
         for placements, results in cases:
             shards = [
-                distribute_tensor(t.detach(), mesh, [p]).requires_grad_() for t, p in zip(full, placements)
+                distribute_tensor(t.detach(), mesh, [p]).requires_grad_()
+                for t, p in zip(full, placements, strict=True)
             ]
             y = lkconv.depthwise_conv2d(*shards, stride, padding)
             got = torch.autograd.grad((y * y).sum(), shards)
@@ -420,21 +422,6 @@ def check_dtensor(rank, lkconv):
                 assert [g.placements for g in got] == [(p,) for p in results[1:]], placements
     uneven = [torch.randn(s, dtype=torch.float64) for s in ((3, 3, 9, 8), (6, 1, 3, 3))]
     for placement in (S(0), S(1)):
-        x, w = (distribute_tensor(t, mesh, [p]) for t, p in zip(uneven, (placement, R)))
+        x, w = (distribute_tensor(t, mesh, [p]) for t, p in zip(uneven, (placement, R), strict=True))
         y = lkconv.depthwise_conv2d(x, w)
         torch.testing.assert_close(y.full_tensor(), F.conv2d(*uneven, groups=3))
-
-if __name__ == "__main__":
-    mp.spawn(work, (sys.argv[1],), nprocs=2)
-"""
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-def test_two_processes(tmp_path):
-    """DDP, and DTensor sharded over batch and channels, on two gloo processes."""
-    script = tmp_path / "two_processes.py"
-    script.write_text(DISTRIBUTED)
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "store")], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -4,17 +4,16 @@ import copy
 import importlib
 import warnings
 from contextlib import nullcontext
-from datetime import timedelta
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from lkconv import reparam
 from reparam_cases import CASES, flag_of, random_input, randomise, relative_error
+from two_processes import run_in_two_processes
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 BY_NAME = {case.name: case for case in CASES}
@@ -441,12 +440,8 @@ def _synchronised_step(name, path, x, scale, calls):
     }
 
 
-def _worker(rank, file, results):
-    """One process of two: synchronised statistics of halves and of an uneven split, then
-    DistributedDataParallel. A mismatch of collectives ends in a timeout."""
-    torch.set_num_threads(1)
-    patience = timedelta(seconds=30)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=patience)
+def _work(rank):
+    """Synchronised statistics of halves and of an uneven split, then DistributedDataParallel."""
     found, calls = {}, _count_all_reduces()
     for name in SHARED:
         whole = _two_batches(name)
@@ -459,19 +454,13 @@ def _worker(rank, file, results):
         parallel = nn.parallel.DistributedDataParallel(block)
         (parallel(_two_batches(name).chunk(2)[rank]) ** 2).mean().backward()
         found[name] = {n: p.grad for n, p in block.named_parameters()}
-    if rank == 0:
-        torch.save(found, results)
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """What two processes found, by (family, path, images of the first one) and by family."""
-    folder = tmp_path_factory.mktemp("processes")
-    results = folder / "results.pt"
-    mp.spawn(_worker, (str(folder / "store"), str(results)), nprocs=2)
-    return torch.load(results)
+    """What the first of two processes found, by (family, path, images of the first one) and by family."""
+    return run_in_two_processes(_work, tmp_path_factory.mktemp("processes"))[0]
 
 
 @pytest.mark.parametrize("images", [2, 4], ids=["halves", "one-empty"])
