@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from group_mix_cases import attention, relative, unfused
-from lkconv.attention.aggregate import split_heads
+from lkconv.attention.heads import split_heads
 
 SIZE = (3, 2)
 

@@ -27,7 +27,7 @@ def op_inputs(dtype=torch.float32):
     premix, prelocal, _, mean, var = ops.group_mix_mix(qkv, *size, dw, pw, lw, lb, 1e-5)
     mixed = ops.group_mix_normalize(qkv, premix, nw, nb, mean, var, 1e-5)
     local = torch.randn(2, 15, 8, dtype=dtype)
-    sums = ops.group_mix_backward_reduce(mixed, qkv, premix, nw, nb, mean, var, 1e-5)
+    sums = ops.group_mix_backward_reduce([mixed], qkv, premix, nw, nb, mean, var, 1e-5)
     pos_w, pos_b = ([t.detach() for t in ts] for ts in module.crpe.parameter_lists())
     out, log_sum, context = ops.group_mix_attention(mixed, local, *size, pos_w, pos_b, 0.4)
     leaf = qkv.clone().requires_grad_()
@@ -48,9 +48,9 @@ def op_inputs(dtype=torch.float32):
         ),
         "group_mix_mix": (qkv, *size, dw, pw, lw, lb, 1e-5),
         "group_mix_normalize": (qkv, premix, nw, nb, mean, var, 1e-5),
-        "group_mix_backward_reduce": (mixed, qkv, premix, nw, nb, mean, var, 1e-5),
+        "group_mix_backward_reduce": ([mixed], qkv, premix, nw, nb, mean, var, 1e-5),
         "group_mix_backward": (
-            mixed,
+            [mixed],
             local,
             qkv,
             premix,
@@ -77,6 +77,41 @@ def op_inputs(dtype=torch.float32):
 @pytest.mark.parametrize("name", list(op_inputs()))
 def test_opcheck(name):
     torch.library.opcheck(getattr(ops, name).default, op_inputs()[name])
+
+
+BACKWARD_OPS = ("group_mix_backward_reduce", "group_mix_backward")
+
+
+@pytest.mark.parametrize("name", BACKWARD_OPS)
+def test_gradients_of_q_k_and_v_apart(name):
+    """Three tensors anywhere in memory, also strided ones, are the same gradient as one."""
+    (mixed,), *rest = op_inputs()[name]
+    apart = [mixed[0].clone(), mixed[1].clone(), torch.stack([mixed[2]] * 2, -1)[..., 0]]
+    op = getattr(ops, name)
+    torch.testing.assert_close(op(apart, *rest), op([mixed], *rest), rtol=0, atol=0)
+    torch.library.opcheck(op.default, (apart, *rest))
+
+
+@pytest.mark.parametrize("name", BACKWARD_OPS)
+def test_gradients_of_other_numbers_and_shapes_are_refused(name):
+    (mixed,), *rest = op_inputs()[name]
+    parts = list(mixed)
+    for given in ([], parts[:2], [*parts, parts[0]], [*parts[:2], parts[2][:, 1:]], [parts[0]], [mixed] * 3):
+        with pytest.raises(RuntimeError, match="grad_mixed has"):
+            getattr(ops, name)(given, *rest)
+
+
+def test_a_training_step_gathers_no_gradients():
+    """Those of q, k and v are read where they are."""
+    module = attention(40, torch.float32, training=True).aggregator
+    qkv = torch.randn(2, 15, 120, requires_grad=True)
+    outputs = module(qkv, (3, 5))
+    grads = [torch.randn_like(o) for o in outputs]
+    with torch.profiler.profile() as profile:
+        torch.autograd.grad(outputs, [qkv, *module.parameters()], grads)
+    names = {e.name for e in profile.events()}
+    assert "lkconv::group_mix_backward" in names
+    assert not names & {"aten::cat", "aten::stack", "aten::clone", "aten::contiguous"}
 
 
 @pytest.mark.parametrize("training", [False, True])

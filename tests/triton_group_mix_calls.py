@@ -39,9 +39,9 @@ def run_all(ops, a, size):
         ops.group_mix_aggregate(a["qkv"], *size, *mixing, *norm, *norm, *ln, 1e-5, 1e-5),
         ops.group_mix_mix(a["qkv"], *size, *mixing, *ln, 1e-5),
         ops.group_mix_normalize(a["qkv"], a["premix"], *batch_norm, 1e-5),
-        ops.group_mix_backward_reduce(a["mixed"], a["qkv"], a["premix"], *batch_norm, 1e-5),
+        ops.group_mix_backward_reduce([a["mixed"]], a["qkv"], a["premix"], *batch_norm, 1e-5),
         ops.group_mix_backward(
-            a["mixed"], a["out"][..., 4 * d :], a["qkv"], a["premix"], a["prelocal"], *size, *mixing,
+            list(a["mixed"]), a["out"][..., 4 * d :], a["qkv"], a["premix"], a["prelocal"], *size, *mixing,
             *norm, *stats,
             *ln, 1e-5, 1e-5, a["sums"], 9.0,
         ),

@@ -193,8 +193,13 @@ def group_mix_normalize(
 
 
 # ---- aggregation, backward --------------------------------------------------------------------------------
+def side_by_side(parts: Tensors) -> Tensor:
+    """(3, B, N, 4d) of one such tensor or of the three of q, k and v."""
+    return parts[0].contiguous() if len(parts) == 1 else torch.stack(list(parts))
+
+
 def group_mix_backward_reduce(
-    grad_mixed: Tensor, qkv: Tensor, premix: Tensor, norm_weight: Tensors, norm_bias: Tensors, mean: Tensor,
+    grad_mixed: Tensors, qkv: Tensor, premix: Tensor, norm_weight: Tensors, norm_bias: Tensors, mean: Tensor,
     var: Tensor, eps: float,
 ) -> Tensor:  # fmt: skip
     """(2, 4, d) in float64: sums of dA and of dA times the normalised U."""
@@ -207,7 +212,7 @@ def group_mix_backward_reduce(
     partial = torch.empty((splits, 8 * s.d), dtype=s.wide, device=qkv.device)
     with device_guard(qkv):
         wrap_triton(reduce_kernel)[(4 * splits,)](
-            grad_mixed.contiguous(), qkv.contiguous(), premix.contiguous(), partial, *dense(norm_weight),
+            side_by_side(grad_mixed), qkv.contiguous(), premix.contiguous(), partial, *dense(norm_weight),
             *dense(norm_bias), *dense((mean, var)), lines, s.d, splits, EPS=eps, ACC=triton_dtype(s.wide),
             BLOCK_P=s.blocks.pixels, BLOCK_O=s.blocks.outputs, num_warps=s.blocks.num_warps,
         )  # fmt: skip
@@ -220,7 +225,7 @@ def dense_channels(t: Tensor) -> Tensor:
 
 
 def group_mix_backward(
-    grad_mixed: Tensor, grad_local: Tensor, qkv: Tensor, premix: Tensor, prelocal: Tensor, height: int,
+    grad_mixed: Tensors, grad_local: Tensor, qkv: Tensor, premix: Tensor, prelocal: Tensor, height: int,
     width: int,
     depthwise: Tensors, pointwise: Tensors, norm_weight: Tensors, norm_bias: Tensors, mean: Tensor,
     var: Tensor,
@@ -239,7 +244,7 @@ def group_mix_backward(
     qkv, grad_local = qkv.contiguous(), dense_channels(grad_local)
     grad_t = torch.empty((batch, s.tokens, 12 * d), dtype=qkv.dtype, device=qkv.device)
     means = mean if sums is None else sums / count
-    read = (grad_mixed.contiguous(), grad_local, qkv, premix.contiguous(), prelocal.contiguous())
+    read = (side_by_side(grad_mixed), grad_local, qkv, premix.contiguous(), prelocal.contiguous())
     statistics = dense((means, mean, var))
     norms = dense((*norm_weight, *norm_bias, layer_norm_weight, layer_norm_bias))
     image = (batch, height, width, d)

@@ -241,8 +241,8 @@ AggregateBackwardProblem<T> backward_problem(const AggregateTensors<T>& t, const
   AggregateBackwardProblem<T> p{};
   static_cast<TokenShape&>(p) = t;
   p.dtype = t.dtype, p.qkv = t.qkv, p.premix = t.premix, p.prelocal = t.prelocal;
-  p.grad_mixed = t.grad_mixed, p.grad_local = t.grad_local, p.local_stride = t.local_stride,
-  p.grad_qkv = t.grad_qkv;
+  std::copy_n(t.grad_mixed, kParts, p.grad_mixed);
+  p.grad_local = t.grad_local, p.local_stride = t.local_stride, p.grad_qkv = t.grad_qkv;
   for (int64_t kind = 0; kind < kKinds; ++kind) p.weights[kind] = packed.weights(kind);
   p.scale = packed.scale.get(), p.shift = packed.shift.get(), p.layer_norm = packed.layer_norm.get();
   p.layer_norm_eps = T(layer_norm_eps);

@@ -79,7 +79,8 @@ struct AggregateProblem : TokenShape {
 template <class T>
 struct AggregateBackwardProblem : TokenShape {
   DType dtype;
-  const void *qkv, *premix, *prelocal, *grad_mixed, *grad_local;
+  const void *qkv, *premix, *prelocal, *grad_local;
+  const void* grad_mixed[kParts];  // of q, k and v, each (B, N, 4d)
   int64_t local_stride;
   void* grad_qkv;
   MixWeights<T> weights[kKinds];

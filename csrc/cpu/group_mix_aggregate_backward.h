@@ -28,6 +28,13 @@ Tokens<const S> premix_tokens(const AggregateBackwardProblem<T>& p, int64_t imag
                      (s - 1) * p.segment);
 }
 
+// dY of segment s.
+template <class T, class S>
+Tokens<const S> grad_tokens(const AggregateBackwardProblem<T>& p, int64_t image, int64_t part, int64_t s) {
+  return part_tokens(p, static_cast<const S*>(p.grad_mixed[part]), image, 0, kMixed * p.segment,
+                     s * p.segment);
+}
+
 // dU of `count` tokens from n on, as rows of padded channels.
 template <class T, class S>
 void fill_grad(const AggregateBackwardProblem<T>& problem, int64_t s, const Strip& strip, int64_t n,
@@ -36,8 +43,7 @@ void fill_grad(const AggregateBackwardProblem<T>& problem, int64_t s, const Stri
   const AggregateBackwardProblem<T> p = problem;  // no store can change it: its members stay in registers
   const int64_t padded = kSizes<T>.padded(p.segment);
   const auto from = premix_tokens<T, S>(p, strip.image, strip.part, s);
-  const auto grad = part_tokens(p, static_cast<const S*>(p.grad_mixed), strip.image, strip.part,
-                                kMixed * p.segment, s * p.segment);
+  const Tokens<const S> grad = grad_tokens<T, S>(p, strip.image, strip.part, s);
   for (int64_t i = n; i < n + count; ++i, du += padded) {
     request_token(from, i, p.tokens(), p.segment);
     request_token(grad, i, p.tokens(), p.segment);
@@ -213,7 +219,7 @@ void reduce_tokens(const AggregateBackwardProblem<T>& problem, int64_t image, in
   const AggregateBackwardProblem<T> p = problem;  // no store can change it: its members stay in registers
   constexpr int64_t kTokens = 4;
   const int64_t d = p.segment, padded = kSizes<T>.padded(d), product_at = kMixed * padded;
-  const auto grads = part_tokens(p, static_cast<const S*>(p.grad_mixed), image, part, kMixed * d, 0);
+  const Tokens<const S> grads = grad_tokens<T, S>(p, image, part, 0);
   const Tokens<const S> u[2] = {premix_tokens<T, S>(p, image, part, 0),
                                 premix_tokens<T, S>(p, image, part, 1)};
   for (int64_t i = n; i < n + count; i += kTokens) {

@@ -111,7 +111,8 @@ struct AggregateWeights {
 template <class T>
 struct AggregateTensors : TokenShape {
   DType dtype;
-  const void *qkv, *premix, *prelocal, *grad_mixed, *grad_local;
+  const void *qkv, *premix, *prelocal, *grad_local;
+  const void* grad_mixed[kParts];  // of q, k and v, each (B, N, 4d)
   int64_t local_stride;
   void *mixed, *premix_out, *prelocal_out, *local, *grad_qkv;
 };

@@ -202,15 +202,35 @@ Tensor op_normalize(const Tensor& qkv, const Tensor& premix, const Tensors& norm
   return mixed;
 }
 
-Tensor op_backward_reduce(const Tensor& grad_mixed, const Tensor& qkv, const Tensor& premix,
+// The gradient of mixed, as one tensor (3, B, N, 4d) or as three (B, N, 4d).
+Tensors checked_parts(const Tensors& grad_mixed, const TokenShape& s, DType dtype) {
+  const int64_t channels = kMixed * s.segment;
+  if (grad_mixed.size() == 1)
+    return {checked(grad_mixed[0], {kParts, s.batch, s.tokens(), channels}, dtype, "grad_mixed")};
+  STD_TORCH_CHECK(int64_t(grad_mixed.size()) == kParts, "lkconv: grad_mixed has ", grad_mixed.size(),
+                  " tensors, expected 1 or 3");
+  Tensors parts;
+  for (const Tensor& g : grad_mixed)
+    parts.push_back(checked(g, {s.batch, s.tokens(), channels}, dtype, "grad_mixed"));
+  return parts;
+}
+
+template <class T>
+void set_grad_mixed(AggregateTensors<T>& t, const Tensors& parts) {
+  const int64_t part = t.batch * t.tokens() * kMixed * t.segment * dtype_size(t.dtype);
+  for (int64_t i = 0; i < kParts; ++i)
+    t.grad_mixed[i] = parts.size() == 1 ? static_cast<const char*>(parts[0].const_data_ptr()) + i * part
+                                        : parts[size_t(i)].const_data_ptr();
+}
+
+Tensor op_backward_reduce(const Tensors& grad_mixed, const Tensor& qkv, const Tensor& premix,
                           const Tensors& norm_weight, const Tensors& norm_bias, const Tensor& mean,
                           const Tensor& var, double eps) {
   const TokenShape s = shape_of(qkv, 1, qkv.size(1), kParts * kKinds, 3);
   const int64_t d = s.segment;
   const Tensor z = contiguous_tensor(qkv);
   const Tensor u = checked(premix, {kParts, s.batch, s.tokens(), (kMixed - 1) * d}, dtype_of(qkv), "premix");
-  const Tensor g =
-      checked(grad_mixed, {kParts, s.batch, s.tokens(), kMixed * d}, dtype_of(qkv), "grad_mixed");
+  const Tensors g = checked_parts(grad_mixed, s, dtype_of(qkv));
   Tensor sums = empty_contiguous({2, kMixed, d}, ScalarType::Double, qkv);
   with_accumulation(qkv, [&](auto zero) {
     using T = decltype(zero);
@@ -218,7 +238,7 @@ Tensor op_backward_reduce(const Tensor& grad_mixed, const Tensor& qkv, const Ten
     Parameters<T> held;
     add_norms(w, held, d, norm_weight, norm_bias, mean, var, eps);
     AggregateTensors<T> t = tensors_of<T>(s, z);
-    t.premix = u.const_data_ptr(), t.grad_mixed = g.const_data_ptr();
+    t.premix = u.const_data_ptr(), set_grad_mixed(t, g);
     GroupMix<T>::backward_reduce(t, w, static_cast<double*>(sums.mutable_data_ptr()), active_isa(),
                                  workers());
   });
@@ -231,7 +251,7 @@ Tensor dense_tokens(const Tensor& t) {
   return dense ? t : contiguous_tensor(t);
 }
 
-std::tuple<Tensor, Tensor> op_backward(const Tensor& grad_mixed, const Tensor& grad_local, const Tensor& qkv,
+std::tuple<Tensor, Tensor> op_backward(const Tensors& grad_mixed, const Tensor& grad_local, const Tensor& qkv,
                                        const Tensor& premix, const Tensor& prelocal, int64_t height,
                                        int64_t width, const Tensors& depthwise, const Tensors& pointwise,
                                        const Tensors& norm_weight, const Tensors& norm_bias,
@@ -244,7 +264,7 @@ std::tuple<Tensor, Tensor> op_backward(const Tensor& grad_mixed, const Tensor& g
   const Tensor z = contiguous_tensor(qkv);
   const Tensor u = checked(premix, {kParts, s.batch, n, (kMixed - 1) * d}, dtype, "premix");
   const Tensor v = checked(prelocal, {s.batch, n, d}, dtype, "prelocal");
-  const Tensor g = checked(grad_mixed, {kParts, s.batch, n, kMixed * d}, dtype, "grad_mixed");
+  const Tensors g = checked_parts(grad_mixed, s, dtype);
   STD_TORCH_CHECK(grad_local.dim() == 3 && grad_local.numel() == s.batch * n * d && grad_local.is_cpu() &&
                       grad_local.size(2) == d && grad_local.size(1) == n && dtype_of(grad_local) == dtype,
                   "lkconv: grad_local has the wrong shape, dtype or device");
@@ -258,7 +278,7 @@ std::tuple<Tensor, Tensor> op_backward(const Tensor& grad_mixed, const Tensor& g
     add_mixing(w, held, d, depthwise, pointwise, layer_norm_weight, layer_norm_bias, layer_norm_eps);
     add_norms(w, held, d, norm_weight, norm_bias, mean, var, eps);
     AggregateTensors<T> t = tensors_of<T>(s, z);
-    t.premix = u.const_data_ptr(), t.prelocal = v.const_data_ptr(), t.grad_mixed = g.const_data_ptr();
+    t.premix = u.const_data_ptr(), t.prelocal = v.const_data_ptr(), set_grad_mixed(t, g);
     t.grad_local = gl.const_data_ptr(), t.local_stride = gl.stride(1),
     t.grad_qkv = grad_qkv.mutable_data_ptr();
     Parameters<double> total;
@@ -358,13 +378,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lkconv, m) {
   m.def(
       "group_mix_normalize(Tensor qkv, Tensor premix, Tensor[] norm_weight, Tensor[] norm_bias, Tensor mean, "
       "Tensor var, float eps) -> Tensor");
-  // (2, 4, d), float64: sums of dA and of dA times the normalised U
+  // (2, 4, d), float64: sums of dA and of dA times the normalised U. grad_mixed is one tensor (3, B, N, 4d)
+  // or three, of q, k and v
   m.def(
-      "group_mix_backward_reduce(Tensor grad_mixed, Tensor qkv, Tensor premix, Tensor[] norm_weight, "
+      "group_mix_backward_reduce(Tensor[] grad_mixed, Tensor qkv, Tensor premix, Tensor[] norm_weight, "
       "Tensor[] norm_bias, Tensor mean, Tensor var, float eps) -> Tensor");
   // (grad_qkv, gradients of depthwise, pointwise, layer_norm_weight and layer_norm_bias one after the other)
   m.def(
-      "group_mix_backward(Tensor grad_mixed, Tensor grad_local, Tensor qkv, Tensor premix, Tensor prelocal, "
+      "group_mix_backward(Tensor[] grad_mixed, Tensor grad_local, Tensor qkv, Tensor premix, Tensor prelocal, "
       "SymInt height, SymInt width, Tensor[] depthwise, Tensor[] pointwise, Tensor[] norm_weight, Tensor[] "
       "norm_bias, "
       "Tensor mean, Tensor var, Tensor layer_norm_weight, Tensor layer_norm_bias, float eps, float "

@@ -35,6 +35,20 @@ class Arguments {
     kept_.push_back(contiguous_tensor(t));
     return kept_.back().const_data_ptr();
   }
+  // One tensor (3, B, N, 4d), or those of q, k and v, (B, N, 4d), which the kernels want side by side.
+  const void* parts(const Tensors& of, const TokenSizes& s, DType dtype, const char* name) {
+    const int64_t batch = s.batch, n = s.tokens(), channels = 4 * s.segment;
+    if (of.size() == 1) return tokens(of[0], {3, batch, n, channels}, dtype, name);
+    STD_TORCH_CHECK(of.size() == 3, "lkconv: ", name, " has ", of.size(), " tensors, expected 1 or 3");
+    for (const Tensor& part : of) tokens(part, {batch, n, channels}, dtype, name);
+    Tensor all = empty_contiguous({3, batch, n, channels}, of[0].scalar_type(), of[0]);
+    for (int64_t i = 0; i < 3; ++i) {
+      Tensor to = torch::stable::select(all, 0, i);
+      torch::stable::copy_(to, of[size_t(i)]);
+    }
+    kept_.push_back(all);
+    return all.const_data_ptr();
+  }
   ParameterView parameter(const Tensor& t, int64_t count) {
     STD_TORCH_CHECK(here(t) && t.numel() == count, "lkconv: a parameter must have ", count,
                     " elements on the tokens' device, got ", t.numel());
@@ -155,21 +169,21 @@ Tensor op_normalize(const Tensor& qkv, const Tensor& premix, const Tensors& norm
   return mixed;
 }
 
-Tensor op_backward_reduce(const Tensor& grad_mixed, const Tensor& qkv, const Tensor& premix,
+Tensor op_backward_reduce(const Tensors& grad_mixed, const Tensor& qkv, const Tensor& premix,
                           const Tensors& norm_weight, const Tensors& norm_bias, const Tensor& mean,
                           const Tensor& var, double eps) {
   const TokenSizes s = sizes_of(qkv, 1, qkv.size(1), 15, 3);
   StreamExecutor e(qkv);
   Arguments a(qkv);
   AggregateCall c = normalized_call(a, s, qkv, premix, norm_weight, norm_bias, mean, var, eps);
-  c.grad_mixed = a.tokens(grad_mixed, {3, s.batch, s.tokens(), 4 * s.segment}, c.dtype, "grad_mixed");
+  c.grad_mixed = a.parts(grad_mixed, s, c.dtype, "grad_mixed");
   Tensor sums = empty_contiguous({2, 4, s.segment}, ScalarType::Double, qkv);
   c.sums = sums.mutable_data_ptr();
   run_backward_reduce(e, c);
   return sums;
 }
 
-std::tuple<Tensor, Tensor> op_backward(const Tensor& grad_mixed, const Tensor& grad_local, const Tensor& qkv,
+std::tuple<Tensor, Tensor> op_backward(const Tensors& grad_mixed, const Tensor& grad_local, const Tensor& qkv,
                                        const Tensor& premix, const Tensor& prelocal, int64_t height,
                                        int64_t width, const Tensors& depthwise, const Tensors& pointwise,
                                        const Tensors& norm_weight, const Tensors& norm_bias,
@@ -183,7 +197,7 @@ std::tuple<Tensor, Tensor> op_backward(const Tensor& grad_mixed, const Tensor& g
   AggregateCall c = normalized_call(a, s, qkv, premix, norm_weight, norm_bias, mean, var, eps);
   add_mixing(a, c, depthwise, pointwise, layer_norm_weight, layer_norm_bias, layer_norm_eps);
   c.prelocal = const_cast<void*>(a.tokens(prelocal, {s.batch, n, d}, c.dtype, "prelocal"));
-  c.grad_mixed = a.tokens(grad_mixed, {3, s.batch, n, 4 * d}, c.dtype, "grad_mixed");
+  c.grad_mixed = a.parts(grad_mixed, s, c.dtype, "grad_mixed");
   STD_TORCH_CHECK(a.here(grad_local) && grad_local.dim() == 3 && grad_local.size(0) == s.batch &&
                       grad_local.size(1) == n && grad_local.size(2) == d && dtype_of(grad_local) == c.dtype,
                   "lkconv: grad_local has the wrong shape, dtype or device");

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +16,9 @@ from .batch_statistics import (
     normalised_by_batch,
     shared_group,
 )
-from .checks import MOST_SEGMENT, check_aggregate
-from .derivatives import apply, call_op, eager_form, under_derivative
+from .checks import MOST_SEGMENT, NUM_HEADS, check_aggregate
+from .derivatives import call_op, under_derivative
+from .heads import split_heads
 from .parameters import AggregateParameters
 
 
@@ -71,37 +71,24 @@ def aggregate_tokens(
             qkv, height, width, depthwise, pointwise, nw, nb, *map(list, running), lw, lb, *eps,
         )  # fmt: skip
         return mixed, local, None
-    return normalised_by_batch(namespace, qkv, size, parameters, eps, group)
+    (mixed,), local, statistics = normalised_by_batch(namespace, qkv, size, parameters, eps, group)
+    return mixed, local, statistics
 
 
-class _SplitHeads(torch.autograd.Function):
-    """Views of q, k and v, whose gradients are gathered in one pass (unbind's would be permuted twice)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(mixed: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        parts, batch, tokens, channels = mixed.shape
-        q, k, v = mixed.view(parts, batch, tokens, num_heads, channels // num_heads).transpose(2, 3).unbind()
-        return q, k, v
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.shape = inputs[0].shape
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return torch.stack([g.transpose(1, 2).reshape(ctx.shape[1:]) for g in grads]), None
-
-
-_SplitHeadsEager = eager_form(_SplitHeads)
-
-
-def split_heads(mixed: Tensor, num_heads: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v as (B, heads, N, 4 * d / heads): views of (3, B, N, 4 * d)."""
-    if not torch.is_grad_enabled():
-        return _SplitHeads.forward(mixed, num_heads)
-    return apply(_SplitHeads, _SplitHeadsEager, mixed, num_heads)
+def aggregate_heads(
+    namespace: str,
+    qkv: Tensor,
+    size: tuple[int, int],
+    parameters: AggregateParameters,
+    running: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    eps: tuple[float, float],
+    group: Group = None,
+) -> tuple[tuple[Tensor, ...], Tensor, BatchStatistics | None]:
+    """:func:`aggregate_tokens` as heads: (q, k, v), each (B, 8, N, d / 2), local (B, N, d)."""
+    if running is not None:
+        mixed, local, _ = aggregate_tokens(namespace, qkv, size, parameters, running, eps)
+        return split_heads(mixed, NUM_HEADS), local, None
+    return normalised_by_batch(namespace, qkv, size, parameters, eps, group, NUM_HEADS)
 
 
 @backends.retried
@@ -182,10 +169,9 @@ def group_mix_aggregate(
     running = None if running_means is None or running_vars is None else (running_means, running_vars)
     epsilons = (eps, layer_norm_eps)
     if (kernels := namespace(qkv, group is not None)) is not None:
-        mixed, local, statistics = aggregate_tokens(
+        (q, k, v), local, statistics = aggregate_heads(
             kernels, qkv, size, parameters, None if training else running, epsilons, group
         )
-        q, k, v = split_heads(mixed)
     elif group is not None:
         q, k, v, local, statistics = composed_synchronised(qkv, size, parameters, epsilons, group)
     else:

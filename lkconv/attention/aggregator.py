@@ -157,9 +157,10 @@ class GroupMixAggregator(nn.Module):
         return fused.shared_group(norm.process_group or dist.group.WORLD)
 
     def tokens(
-        self, namespace: str, qkv: Tensor, size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, fused.BatchStatistics | None]:
-        """qkv (B, N, 3 * C) -> mixed (3, B, N, 4 * d), local (B, N, d), through a namespace's fused op.
+        self, namespace: str, qkv: Tensor, size: tuple[int, int], run: Callable = fused.aggregate_tokens
+    ) -> tuple[Any, Tensor, fused.BatchStatistics | None]:
+        """qkv (B, N, 3 * C) -> mixed (3, B, N, 4 * d), local (B, N, d), through a namespace's fused op; with
+        ``run`` :func:`aggregate_heads`, (q, k, v) instead of mixed.
 
         The third result is for :meth:`track`, once nothing in the call can fail any more.
         """
@@ -174,7 +175,7 @@ class GroupMixAggregator(nn.Module):
             tensors_of(norms, "bias"),
             *(_tensor_of(layer_norm, name) for name in ("weight", "bias")),
         )
-        return fused.aggregate_tokens(
+        return run(
             namespace,
             fused.autocast(qkv),
             size,
@@ -191,8 +192,7 @@ class GroupMixAggregator(nn.Module):
             return
         momentum = first.momentum
         if first.num_batches_tracked is not None:
-            for norm in norms:
-                norm.num_batches_tracked.add_(1)
+            torch._foreach_add_(tensors_of(norms, "num_batches_tracked"), 1)
             if momentum is None:  # the average over all batches
                 momentum = 1.0 / float(first.num_batches_tracked)
         if first.running_mean is not None:
@@ -231,6 +231,6 @@ class GroupMixAggregator(nn.Module):
         namespace = self.namespace(qkv)
         if namespace is None:
             return self.composed(qkv, size)
-        mixed, local, statistics = self.tokens(namespace, qkv, size)
+        heads, local, statistics = self.tokens(namespace, qkv, size, fused.aggregate_heads)
         self.track(statistics)
-        return *fused.split_heads(mixed, self.num_heads), local
+        return *heads, local

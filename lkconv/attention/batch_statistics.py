@@ -20,13 +20,17 @@ from .derivatives import (
     eager_form,
     sample_of,
 )
+from .heads import head_views, token_rows
 from .parameters import AggregateParameters
 
 Group = Any  # a torch.distributed process group
 
 
-def _number(values: int, like: Tensor) -> Tensor:
-    """A number as a tensor: floats are constants to compilers, which would compile every batch size anew."""
+def _number(values: int, like: Tensor) -> Tensor | float:
+    """For compilers a number as a tensor: floats are constants to them, and every batch size is compiled
+    anew."""
+    if not torch.compiler.is_compiling():
+        return float(values)
     return torch.full((), values, dtype=torch.int64, device=like.device).double()
 
 
@@ -43,11 +47,14 @@ class BatchStatistics(NamedTuple):
             return
         with torch.no_grad():
             values = _number(self.values, self.var)
-            unbiased = self.var * (values / (values - 1)).to(self.var.dtype)
+            ratio = values / (values - 1)
+            unbiased = self.var * (ratio.to(self.var.dtype) if isinstance(ratio, Tensor) else ratio)
             for running, batch in ((means, self.mean), (variances, unbiased)):
+                dtypes = {one.dtype for one in running}
                 parts = batch.to(running[0].dtype).unbind()
-                for one, part in zip(running, parts, strict=True):
-                    one.lerp_(part.to(one.dtype), momentum)
+                if len(dtypes) > 1:
+                    parts = [p.to(one.dtype) for one, p in zip(running, parts, strict=True)]
+                torch._foreach_lerp_(running, parts, momentum)
 
 
 def shared_group(group: Group) -> Group | None:
@@ -72,16 +79,25 @@ def _combine_statistics(mean: Tensor, var: Tensor, count: int, group: Group) -> 
     return total_mean.to(mean.dtype), total_var.to(var.dtype), int(counts.sum())
 
 
+def _grad_mixed(given: Sequence[Tensor | None], premix: Tensor) -> list[Tensor]:
+    """The gradient of mixed, or those of its three parts from those of the heads; zeros where none came."""
+    shape = [*premix.shape[:3], premix.shape[3] // 3 * 4]
+    if len(given) == 1:
+        return [premix.new_zeros(shape) if given[0] is None else given[0]]
+    return [premix.new_zeros(shape[1:]) if g is None else token_rows(g) for g in given]
+
+
 class _NormalisedByBatch(torch.autograd.Function):
     """Aggregation normalised by the statistics of the batch.
 
-    Inputs: op namespace, qkv, height, width, eps, layer_norm_eps, process group, then the 18 parameters
-    (:meth:`AggregateParameters.flat`). Outputs: mixed, local, mean and biased variance (4, d), the number of
+    Inputs: op namespace, number of heads or 0, qkv, height, width, eps, layer_norm_eps, process group, then
+    the 18 parameters (:meth:`AggregateParameters.flat`). Outputs: mixed, or q, k and v if heads are asked
+    for, whose gradients need not be gathered then; local, mean and biased variance (4, d), the number of
     values they are of, and for the backward pass premix and prelocal.
     """
 
     @staticmethod
-    def forward(namespace, qkv, height, width, eps, layer_norm_eps, group, *parameters):
+    def forward(namespace, heads, qkv, height, width, eps, layer_norm_eps, group, *parameters):
         ops = getattr(torch.ops, namespace)
         depthwise, pointwise, nw, nb, lw, lb = AggregateParameters.of(parameters)
         premix, prelocal, local, mean, var = registration.call(
@@ -91,13 +107,14 @@ class _NormalisedByBatch(torch.autograd.Function):
         if group is not None:
             mean, var, count = _combine_statistics(mean, var, count, group)
         mixed = registration.call(ops, "group_mix_normalize", qkv, qkv, premix, nw, nb, mean, var, eps)
-        return mixed, local, mean, var, count, premix, prelocal
+        outputs = head_views(mixed, heads) if heads else (mixed,)
+        return *outputs, local, mean, var, count, premix, prelocal
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.namespace, qkv, ctx.height, ctx.width, *rest = inputs
+        ctx.namespace, _, qkv, ctx.height, ctx.width, *rest = inputs
         ctx.eps, ctx.layer_norm_eps, ctx.group, *parameters = rest
-        _, _, mean, var, ctx.count, premix, prelocal = output
+        *_, mean, var, ctx.count, premix, prelocal = output
         ctx.mark_non_differentiable(mean, var, premix, prelocal)
         ctx.set_materialize_grads(False)  # of premix and prelocal, they would be large tensors of zeros
         ctx.save_for_backward(qkv, premix, prelocal, mean, var, *parameters)
@@ -117,10 +134,10 @@ class _NormalisedByBatch(torch.autograd.Function):
         return stacked, tuple(None if not isinstance(c[0], Tensor) else 0 for c in columns)
 
     @staticmethod
-    def backward(ctx: Any, grad_mixed: Tensor | None, grad_local: Tensor | None, *_: Any) -> tuple:
+    def backward(ctx: Any, *of_outputs: Tensor | None) -> tuple:
+        *of_mixed, grad_local = of_outputs[:-5]
         qkv, premix, prelocal, mean, var, *flat = ctx.saved_tensors
-        if grad_mixed is None:
-            grad_mixed = premix.new_zeros(*premix.shape[:3], premix.shape[3] // 3 * 4)
+        grad_mixed = _grad_mixed(of_mixed, premix)
         if grad_local is None:
             grad_local = torch.zeros_like(prelocal)
         parameters = AggregateParameters.of(flat)
@@ -128,8 +145,9 @@ class _NormalisedByBatch(torch.autograd.Function):
         size, eps = (ctx.height, ctx.width), (ctx.eps, ctx.layer_norm_eps)
         if torch.is_grad_enabled():
             outputs = _composed(qkv, size, parameters, eps, ctx.group)
-            found = differentiable_gradients(outputs, (grad_mixed, grad_local), [qkv, *flat])
-            return None, found[0], *[None] * 5, *found[1:]
+            whole = grad_mixed[0] if len(grad_mixed) == 1 else torch.stack(grad_mixed)
+            found = differentiable_gradients(outputs, (whole, grad_local), [qkv, *flat])
+            return None, None, found[0], *[None] * 5, *found[1:]
         ops = getattr(torch.ops, ctx.namespace)
         sums = registration.call(
             ops, "group_mix_backward_reduce", qkv, grad_mixed, qkv, premix, nw, nb, mean, var, ctx.eps
@@ -144,7 +162,7 @@ class _NormalisedByBatch(torch.autograd.Function):
             eps, means, 1.0,
         )  # fmt: skip
         return (
-            None, grad_qkv, None, None, None, None, None, *grads[:8], *grad_nw, *grad_nb, *grads[8:],
+            None, None, grad_qkv, None, None, None, None, None, *grads[:8], *grad_nw, *grad_nb, *grads[8:],
         )  # fmt: skip
 
 
@@ -158,12 +176,15 @@ def normalised_by_batch(
     parameters: AggregateParameters,
     eps: tuple[float, float],
     group: Group,
-) -> tuple[Tensor, Tensor, BatchStatistics]:
-    """mixed (3, B, N, 4 * d), local (B, N, d) and the statistics, through a namespace's fused ops."""
-    mixed, local, mean, var, count, _, _ = apply(
-        _NormalisedByBatch, _NormalisedByBatchEager, namespace, qkv, *size, *eps, group, *parameters.flat()
-    )
-    return mixed, local, BatchStatistics(mean.detach(), var.detach(), count)
+    heads: int = 0,
+) -> tuple[tuple[Tensor, ...], Tensor, BatchStatistics]:
+    """Through a namespace's fused ops: mixed (3, B, N, 4 * d), alone in a tuple, or with ``heads`` q, k and
+    v, each (B, heads, N, 4 * d / heads); local (B, N, d); and the statistics."""
+    *mixed, local, mean, var, count, _, _ = apply(
+        _NormalisedByBatch, _NormalisedByBatchEager, namespace, heads, qkv, *size, *eps, group,
+        *parameters.flat(),
+    )  # fmt: skip
+    return tuple(mixed), local, BatchStatistics(mean.detach(), var.detach(), count)
 
 
 # ---- in plain PyTorch -------------------------------------------------------------------------------------

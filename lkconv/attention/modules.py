@@ -11,10 +11,10 @@ from .. import backends
 from .. import reference_group_mix as reference
 from .._hooks import is_plain
 from ..modules import DepthwiseConv2d
-from . import aggregate as fused
 from .aggregator import GroupMixAggregator, tensors_of
 from .checks import check_dim, check_tokens
 from .derivatives import call_op
+from .heads import split_heads
 from .linear import linear
 from .plain import is_plain_depthwise
 
@@ -120,7 +120,7 @@ class GroupMixAttention(nn.Module):
     def _core(self, namespace: str, mixed: Tensor, local: Tensor, size: tuple[int, int]) -> Tensor:
         """The attention core through a namespace's op: mixed (3, B, N, 4 * d) and local -> (B, N, C)."""
         if mixed.numel() == 0:  # a process without images among others that share statistics
-            return self.composed(*fused.split_heads(mixed), local, size)
+            return self.composed(*split_heads(mixed), local, size)
         core = getattr(torch.ops, namespace).group_mix_attention
         return call_op(core, mixed, local, size[0], size[1], *self.crpe.parameter_lists(), self.scale)[0]
 

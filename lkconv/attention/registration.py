@@ -86,6 +86,8 @@ def _outputs_of(name: str) -> Callable[[Callable], Callable]:
 def unpack(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Cuts a flat gradient into tensors of the shapes and dtypes of ``like``."""
     parts = flat.split([t.numel() for t in like])
+    if all(t.dtype == flat.dtype for t in like):
+        return [p.view(t.shape) for p, t in zip(parts, like, strict=True)]
     return [p.view(t.shape).to(t.dtype) for p, t in zip(parts, like, strict=True)]
 
 
@@ -177,7 +179,7 @@ def call(ops: Any, name: str, qkv: Tensor, *arguments: Any) -> Any:
 # ---- gradients --------------------------------------------------------------------------------------------
 def aggregate_backward(
     ops: Any,
-    grad_mixed: Tensor,
+    grad_mixed: Sequence[Tensor],
     grad_local: Tensor,
     qkv: Tensor,
     premix: Tensor,
@@ -189,7 +191,11 @@ def aggregate_backward(
     sums: Tensor | None,
     count: float,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of qkv and of depthwise (4), pointwise (4), LayerNorm's weight and bias, in this order."""
+    """Gradients of qkv and of depthwise (4), pointwise (4), LayerNorm's weight and bias, in this order.
+
+    ``grad_mixed`` is one tensor (3, B, N, 4 * d), or those of q, k and v, (B, N, 4 * d), which need not be
+    neighbours in memory.
+    """
     depthwise, pointwise, nw, nb, lw, lb = parameters
     grad_qkv, flat = call(
         ops, "group_mix_backward", qkv, grad_mixed, grad_local, qkv, premix, prelocal, *size, depthwise,
@@ -200,7 +206,10 @@ def aggregate_backward(
 
 def norm_gradients(sums: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[list, list]:
     """Gradients of BatchNorm's weights and biases from the sums over tokens."""
-    of_biases, of_weights = sums.to(weights[0].dtype).unbind()  # usually of one dtype: a single conversion
+    first = weights[0].dtype
+    of_biases, of_weights = sums.to(first).unbind()  # usually of one dtype: a single conversion
+    if all(t.dtype == first for t in (*weights, *biases)):
+        return list(of_weights.unbind()), list(of_biases.unbind())
     return (
         [g.to(w.dtype) for g, w in zip(of_weights.unbind(), weights, strict=True)],
         [g.to(b.dtype) for g, b in zip(of_biases.unbind(), biases, strict=True)],
@@ -233,10 +242,10 @@ def _aggregate_backward(ops: Any, ctx: Any, grad_mixed: Tensor | None, grad_loca
         grad_mixed = qkv.new_zeros(3, *qkv.shape[:2], qkv.shape[2] // 15 * 4)
     if grad_local is None:
         grad_local = torch.zeros_like(local)
-    sums = ops.group_mix_backward_reduce(grad_mixed, qkv, premix, nw, nb, mean, var, eps)
+    sums = ops.group_mix_backward_reduce([grad_mixed], qkv, premix, nw, nb, mean, var, eps)
     grad_qkv, grads = aggregate_backward(
-        ops, grad_mixed, grad_local, qkv, premix, prelocal, ctx.size, parameters, (mean, var), ctx.eps, None,
-        1.0,
+        ops, [grad_mixed], grad_local, qkv, premix, prelocal, ctx.size, parameters, (mean, var), ctx.eps,
+        None, 1.0,
     )  # fmt: skip
     grad_nw, grad_nb = norm_gradients(sums, nw, nb)
     nothing = [None] * 4
