@@ -6,7 +6,7 @@ from torch import nn
 
 import lkconv._C
 from lkconv.attention import linear as projections
-from lkconv.attention.linear import linear, mkl_is_slow
+from lkconv.attention.linear import linear, prefers_onednn
 
 needs_onednn = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
@@ -18,15 +18,18 @@ needs_onednn = pytest.mark.skipif(
 def products(monkeypatch):
     """The products that oneDNN is asked for, on every processor."""
     asked, product = [], projections._product
-    monkeypatch.setattr(projections, "mkl_is_slow", lambda vendor, isa: True)
+    monkeypatch.setattr(
+        projections, "prefers_onednn", lambda dtype, vendor, isa: dtype in (torch.float32, torch.bfloat16)
+    )
     monkeypatch.setattr(projections, "_product", lambda *a: asked.append(0) or product(*a))
     return asked
 
 
-def case(bias=True, inputs=20, outputs=60):
+def case(bias=True, inputs=20, outputs=60, dtype=torch.float32):
     torch.manual_seed(0)
-    module = nn.Linear(inputs, outputs, bias=bias)
-    return module, torch.randn(3, 7, inputs, requires_grad=True), torch.randn(3, 7, outputs)
+    module = nn.Linear(inputs, outputs, bias=bias).to(dtype)
+    x, grad = torch.randn(3, 7, inputs), torch.randn(3, 7, outputs)
+    return module, x.to(dtype).requires_grad_(), grad.to(dtype)
 
 
 def gradients(function, module, x, grad):
@@ -36,15 +39,18 @@ def gradients(function, module, x, grad):
 def test_which_processors_need_it(monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    mkl_is_slow.cache_clear()
+    prefers_onednn.cache_clear()
     for vendor, isa in (("GenuineIntel", "avx512"), ("AuthenticAMD", "avx2"), ("", "avx512")):
-        assert not mkl_is_slow(vendor, isa)
+        assert not prefers_onednn(torch.float32, vendor, isa)
+    assert not prefers_onednn(torch.bfloat16, "GenuineIntel", "avx2")
+    assert not prefers_onednn(torch.float16, "AuthenticAMD", "avx512")
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        assert mkl_is_slow("AuthenticAMD", "avx512")
-    mkl_is_slow.cache_clear()
+        assert prefers_onednn(torch.float32, "AuthenticAMD", "avx512")
+        assert prefers_onednn(torch.bfloat16, "GenuineIntel", "amx")
+    prefers_onednn.cache_clear()
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert not mkl_is_slow("AuthenticAMD", "avx512")
-    mkl_is_slow.cache_clear()
+    assert not prefers_onednn(torch.float32, "AuthenticAMD", "avx512")
+    prefers_onednn.cache_clear()
 
 
 def test_which_processors_have_whole_vectors():
@@ -58,20 +64,21 @@ def test_which_processors_have_whole_vectors():
 
 
 @needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("inputs", "outputs"), [(20, 60), (60, 20), (1, 1)])
-def test_values_and_gradients(products, bias, inputs, outputs):
-    """As exact as the module in float32, judged by float64."""
-    module, x, grad = case(bias, inputs, outputs)
+def test_values_and_gradients(products, bias, inputs, outputs, dtype):
+    """As exact as the module, judged by float64."""
+    module, x, grad = case(bias, inputs, outputs, dtype)
     exact = nn.Linear(inputs, outputs, bias=bias).double()
     exact.load_state_dict(module.state_dict())
     wide = x.detach().double().requires_grad_()
     found = [linear(module, x), *gradients(lambda t: linear(module, t), module, x, grad)]
     plain = [module(x), *gradients(module, module, x, grad)]
     expected = [exact(wide), *gradients(exact, exact, wide, grad.double())]
-    assert len(products) == 4
+    assert len(products) == (4 if dtype == torch.float32 else 2)
     for a, b, c in zip(found, plain, expected, strict=True):
-        assert a.shape == c.shape and a.dtype == torch.float32
+        assert a.shape == c.shape and a.dtype == dtype
         assert (a - c).norm() <= 2 * (b - c).norm() + 1e-6 * c.norm()
 
 

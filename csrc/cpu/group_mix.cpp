@@ -106,15 +106,22 @@ struct Packed {
     std::copy_n(w.layer_norm_bias, segment, layer_norm.get() + padded);
   }
 
-  void pack_mixing(const AggregateWeights<T>& w, const GroupMixKernels<T>& k, bool backward) {
+  void pack_kind(int64_t kind, const AggregateWeights<T>& w, const GroupMixKernels<T>& k, bool backward) {
+    pack_depthwise(kind, w.depthwise[kind - 1], backward);
+    pack_pointwise(kind, w.pointwise[kind - 1], k, backward);
+    if (!k.pack_pairs || backward) return;
+    pairs[kind] = Buffer<Bf16Pair>(depth(kind) / 2 * padded);
+    k.pack_pairs(pairs[kind].get(), in_out[kind].get(), depth(kind), padded);
+  }
+
+  // Weights of many channels are packed by all threads: on small maps one would take a tenth of the call.
+  void pack_mixing(const AggregateWeights<T>& w, const GroupMixKernels<T>& k, bool backward,
+                   const Workers& workers) {
+    constexpr int64_t kAlone = 40;
     pack_layer_norm(w);
-    for (int64_t kind = 1; kind < kKinds; ++kind) {
-      pack_depthwise(kind, w.depthwise[kind - 1], backward);
-      pack_pointwise(kind, w.pointwise[kind - 1], k, backward);
-      if (!k.pack_pairs || backward) continue;
-      pairs[kind] = Buffer<Bf16Pair>(depth(kind) / 2 * padded);
-      k.pack_pairs(pairs[kind].get(), in_out[kind].get(), depth(kind), padded);
-    }
+    const auto pack = [&](int64_t i) { pack_kind(kKinds - 1 - i, w, k, backward); };
+    if (segment > kAlone) return workers.run(kKinds - 1, pack);
+    for (int64_t i = 0; i < kKinds - 1; ++i) pack(i);
   }
 
   MixWeights<T> weights(int64_t kind) const {
@@ -179,7 +186,7 @@ void GroupMix<T>::aggregate(const AggregateTensors<T>& t, const AggregateWeights
                             const Workers& workers) {
   const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   Packed<T> packed(t.segment, k.lanes);
-  packed.pack_mixing(w, k, false);
+  packed.pack_mixing(w, k, false, workers);
   packed.fold_norms(w);
   if (!k.pack_pairs) packed.fold_scale();
   AggregateProblem<T> p = problem_of(t, packed, w.layer_norm_eps);
@@ -193,7 +200,7 @@ void GroupMix<T>::mix(const AggregateTensors<T>& t, const AggregateWeights<T>& w
                       const Workers& workers) {
   const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   Packed<T> packed(t.segment, k.lanes);
-  packed.pack_mixing(w, k, false);
+  packed.pack_mixing(w, k, false, workers);
   AggregateProblem<T> p = problem_of(t, packed, w.layer_norm_eps);
   plan_kinds(t, packed, 1, workers.threads, p.plan);
   const Chunks chunks = chunks_for(p.plan, 8 * workers.threads);
@@ -313,7 +320,7 @@ void GroupMix<T>::backward(const AggregateTensors<T>& t, const AggregateWeights<
                            double count, T* grads, Isa isa, const Workers& workers) {
   const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   Packed<T> packed(t.segment, k.lanes);
-  packed.pack_mixing(w, k, true);
+  packed.pack_mixing(w, k, true, workers);
   packed.fold_norms(w);
   AggregateBackwardProblem<T> p = backward_problem(t, packed, w.layer_norm_eps);
   // dU = scale * (dA - mean(dA) - U^ mean(dA U^)) with U^ = (U - mean) / sigma

@@ -20,13 +20,13 @@ struct PositionWeights {
   Buffer<T> depthwise, flipped, bias;
   Buffer<int64_t> kernel;
 
-  PositionWeights(int64_t segment, int64_t kernel_lanes)
+  PositionWeights(int64_t segment, int64_t kernel_lanes, bool backward)
       : channels(kMixed * segment),
         head(segment / 2),
         lanes(kernel_lanes),
         groups(ceil_div(channels, lanes)),
         depthwise(groups * kTaps * lanes),
-        flipped(groups * kTaps * lanes),
+        flipped(backward ? Buffer<T>(groups * kTaps * lanes) : Buffer<T>()),
         bias((groups + 1) * lanes),
         kernel(groups) {
     for (int64_t g = 0; g < groups; ++g)
@@ -41,11 +41,12 @@ struct PositionWeights {
     int64_t at = 0;
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t k = kWindows[list_of(c)], group = c / lanes, wide = kernel[group], shift = (wide - k) / 2;
-      for (int64_t t = 0; t < k * k; ++t, ++at) {
-        const int64_t tap = (t / k + shift) * wide + t % k + shift;
-        visit((group * kTaps + tap) * lanes + c % lanes,
-              (group * kTaps + wide * wide - 1 - tap) * lanes + c % lanes, at);
-      }
+      const int64_t first = group * kTaps * lanes + c % lanes, last = first + (wide * wide - 1) * lanes;
+      for (int64_t y = shift; y < shift + k; ++y)
+        for (int64_t x = shift; x < shift + k; ++x, ++at) {
+          const int64_t tap = (y * wide + x) * lanes;
+          visit(first + tap, last - tap, at);
+        }
     }
   }
 
@@ -60,7 +61,8 @@ struct PositionWeights {
     T* to = flat.get();
     for (int64_t i = 0; i < 3; ++i)
       to = std::copy_n(weight[i], kWindowHeads[i] * head * kWindows[i] * kWindows[i], to);
-    each_tap([&](int64_t tap, int64_t mirror, int64_t at) { depthwise[tap] = flipped[mirror] = flat[at]; });
+    each_tap([&](int64_t tap, int64_t, int64_t at) { depthwise[tap] = flat[at]; });
+    if (flipped.get()) each_tap([&](int64_t, int64_t mirror, int64_t at) { flipped[mirror] = flat[at]; });
     to = bias.get();
     for (int64_t i = 0; i < 3; ++i) to = std::copy_n(biases[i], kWindowHeads[i] * head, to);
   }
@@ -105,11 +107,11 @@ void merge_context(const PositionWeights<T>& w, const T* state, int64_t state_si
     }
     log_sum[c] = top + std::log(sum);
     T* row = context + c * w.head;
-    for (int64_t j = 0; j < w.head; ++j) {
-      T value = 0;
-      for (int64_t i = 0; i < splits; ++i)
-        value += state[i * state_size + 2 * width + c * head_row + j] * factor[i];
-      row[j] = value / sum;
+    std::fill_n(row, w.head, T(0));
+    for (int64_t i = 0; i < splits; ++i) {
+      const T* from = state + i * state_size + 2 * width + c * head_row;
+      const T share = factor[i] / sum;
+      for (int64_t j = 0; j < w.head; ++j) row[j] += from[j] * share;
     }
   }
 }
@@ -120,7 +122,7 @@ template <class T>
 void GroupMixCore<T>::forward(const AttentionTensors<T>& t, T* log_sum, T* context, Isa isa,
                               const Workers& workers) {
   const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
-  PositionWeights<T> weights(t.segment, k.lanes);
+  PositionWeights<T> weights(t.segment, k.lanes, false);
   weights.pack(t.weight, t.bias);
   AttentionProblem<T> p = problem_of(t, weights, 1, workers.threads);
   const Splits splits(t, workers.threads);
@@ -146,7 +148,7 @@ template <class T>
 void GroupMixCore<T>::backward(const AttentionTensors<T>& t, const T* log_sum, const T* context, T* grads,
                                Isa isa, const Workers& workers) {
   const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
-  PositionWeights<T> weights(t.segment, k.lanes);
+  PositionWeights<T> weights(t.segment, k.lanes, true);
   weights.pack(t.weight, t.bias);
   AttentionProblem<T> p = problem_of(t, weights, 2, workers.threads);
   const Splits splits(t, workers.threads);

@@ -53,13 +53,17 @@ Isa detected_isa() {
 #endif
 }
 
-std::string processor_vendor() {
+// Asked once: CPUID leaves a virtual machine, which takes tens of microseconds.
+const std::string& processor_vendor() {
+  static const std::string vendor = []() -> std::string {
 #if defined(__x86_64__)
-  unsigned top = 0, name[3] = {};
-  if (__get_cpuid(0, &top, &name[0], &name[2], &name[1]))
-    return std::string(reinterpret_cast<const char*>(name), sizeof(name));
+    unsigned top = 0, name[3] = {};
+    if (__get_cpuid(0, &top, &name[0], &name[2], &name[1]))
+      return std::string(reinterpret_cast<const char*>(name), sizeof(name));
 #endif
-  return "";
+    return "";
+  }();
+  return vendor;
 }
 
 bool whole_512_bits_of(const std::string& vendor, unsigned signature, bool amx) {

@@ -20,7 +20,7 @@ Isa detected_isa();  // the best this processor and this build have
 Isa active_isa();    // detected_isa, capped by LKCONV_MAX_CPU_ISA (baseline, avx2, avx512, amx)
 
 // The twelve letters by which the processor names its maker; empty on others than x86.
-std::string processor_vendor();
+const std::string& processor_vendor();
 // Whether the processor is known to run two 512-bit multiply-adds a cycle, as it does two of 256 bits; and
 // what tells: Intel's with AMX do, AMD's from Zen 5 on but for those made for notebooks, while Zen 4 splits
 // vectors into halves. `signature` is leaf 1 of CPUID.

@@ -18,17 +18,15 @@ from .parameters import AggregateParameters
 from .plain import is_plain_depthwise, is_plain_pointwise
 
 
-def tensors_of(modules: Iterable[nn.Module], name: str) -> list[Tensor]:
-    """The parameter or buffer of that name of each module."""
-    return [_tensor_of(m, name) for m in modules]
+def parameters_of(modules: Iterable[nn.Module], name: str) -> list[Any]:
+    """The parameter of that name of each module. The table of a module is looked at first: as an attribute a
+    parameter is slow to look up, and a parametrised one is only that."""
+    return [m._parameters[name] if name in m._parameters else cast(Tensor, getattr(m, name)) for m in modules]
 
 
-def _tensor_of(module: nn.Module, name: str) -> Tensor:
-    """The tables of a module are looked at first: as an attribute a parameter is slow to look up."""
-    for table in (module._parameters, module._buffers):
-        if (found := table.get(name)) is not None:
-            return found
-    return getattr(module, name)  # None itself, or parametrised
+def buffers_of(modules: Iterable[nn.Module], name: str) -> list[Any]:
+    """The buffer of that name of each module."""
+    return [m._buffers[name] if name in m._buffers else getattr(m, name) for m in modules]
 
 
 def _children(module: nn.Module, name: str) -> dict[str, Any]:
@@ -88,6 +86,17 @@ def _is_plain_local(module: Any, d: int) -> bool:
     )
 
 
+def _settings(norm: Any) -> tuple:
+    """What a BatchNorm does besides its parameters."""
+    group = norm.process_group if isinstance(norm, nn.SyncBatchNorm) else None
+    return norm.training, norm.eps, norm.momentum, norm.track_running_stats, group
+
+
+def _missing(norm: Any) -> list[bool]:
+    """Whether running_mean, running_var and num_batches_tracked are None."""
+    return [t is None for t in norm._buffers.values()]
+
+
 class GroupMixAggregator(nn.Module):
     """:func:`lkconv.group_mix_aggregate` with the published parameters.
 
@@ -134,20 +143,14 @@ class GroupMixAggregator(nn.Module):
 
     def _norms_agree(self) -> bool:
         """Whether the four norms are BatchNorms that differ in nothing but their parameters."""
-        norms = self.norms()
-        if not all(is_plain(n, nn.BatchNorm2d, nn.SyncBatchNorm) and n.affine for n in norms):
+        first, *others = self.norms()
+        if not (is_plain(first, nn.BatchNorm2d, nn.SyncBatchNorm) and first.affine):
             return False
-        settings = [
-            (
-                type(n), n.training, n.eps, n.momentum, n.track_running_stats,
-                n.process_group if isinstance(n, nn.SyncBatchNorm) else None,
-                *(t is None for t in n._buffers.values()),
-            )
-            for n in norms
-        ]  # fmt: skip
-        first = norms[0]
-        whole = (first.running_mean is None) == (first.running_var is None)
-        return whole and all(s == settings[0] for s in settings[1:])
+        settings, missing = _settings(first), _missing(first)
+        return missing[0] == missing[1] and all(
+            is_plain(n, type(first)) and n.affine and _settings(n) == settings and _missing(n) == missing
+            for n in others
+        )
 
     def _group(self) -> fused.Group | None:
         """The processes that share the statistics of this batch, if any."""
@@ -169,18 +172,19 @@ class GroupMixAggregator(nn.Module):
         by_batch = first.training or first.running_mean is None
         separable = [*(_children(self, f"agg{i}") for i in (1, 2, 3)), local["conv"]._modules]
         parameters = AggregateParameters(
-            tensors_of([s["conv1"] for s in separable], "weight"),
-            tensors_of([s["pointwise_conv"] for s in separable], "weight"),
-            tensors_of(norms, "weight"),
-            tensors_of(norms, "bias"),
-            *(_tensor_of(layer_norm, name) for name in ("weight", "bias")),
+            parameters_of([s["conv1"] for s in separable], "weight"),
+            parameters_of([s["pointwise_conv"] for s in separable], "weight"),
+            parameters_of(norms, "weight"),
+            parameters_of(norms, "bias"),
+            *parameters_of([layer_norm], "weight"),
+            *parameters_of([layer_norm], "bias"),
         )
         return run(
             namespace,
             fused.autocast(qkv),
             size,
             parameters,
-            None if by_batch else (tensors_of(norms, "running_mean"), tensors_of(norms, "running_var")),
+            None if by_batch else (buffers_of(norms, "running_mean"), buffers_of(norms, "running_var")),
             (first.eps, layer_norm.eps),
             self._group(),
         )
@@ -192,11 +196,11 @@ class GroupMixAggregator(nn.Module):
             return
         momentum = first.momentum
         if first.num_batches_tracked is not None:
-            torch._foreach_add_(tensors_of(norms, "num_batches_tracked"), 1)
+            torch._foreach_add_(buffers_of(norms, "num_batches_tracked"), 1)
             if momentum is None:  # the average over all batches
                 momentum = 1.0 / float(first.num_batches_tracked)
         if first.running_mean is not None:
-            means, variances = tensors_of(norms, "running_mean"), tensors_of(norms, "running_var")
+            means, variances = buffers_of(norms, "running_mean"), buffers_of(norms, "running_var")
             statistics.update(means, variances, momentum or 0.0)
 
     def composed(self, qkv: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

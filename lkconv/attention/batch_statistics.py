@@ -50,11 +50,10 @@ class BatchStatistics(NamedTuple):
             ratio = values / (values - 1)
             unbiased = self.var * (ratio.to(self.var.dtype) if isinstance(ratio, Tensor) else ratio)
             for running, batch in ((means, self.mean), (variances, unbiased)):
-                dtypes = {one.dtype for one in running}
-                parts = batch.to(running[0].dtype).unbind()
-                if len(dtypes) > 1:
+                parts = list(batch.to(running[0].dtype).unbind())
+                if len({one.dtype for one in running}) > 1:
                     parts = [p.to(one.dtype) for one, p in zip(running, parts, strict=True)]
-                torch._foreach_lerp_(running, parts, momentum)
+                torch._foreach_lerp_(list(running), parts, momentum)
 
 
 def shared_group(group: Group) -> Group | None:

@@ -1,9 +1,10 @@
-"""``nn.Linear`` in float32 on processors where torch's own product runs at half their rate.
+"""``nn.Linear`` by oneDNN, where torch's own way takes longer.
 
 torch multiplies float32 matrices with MKL, which gives AVX-512 to Intel's processors alone: others with
-AVX-512 run its AVX2 kernels. oneDNN, which torch multiplies bfloat16 matrices with, takes what the processor
-has: 230 against 105 GFlop/s on one core of an AMD Zen 5. :func:`linear` takes oneDNN there, and everywhere
-else calls the module.
+AVX-512 run its AVX2 kernels. oneDNN takes what the processor has: 230 against 105 GFlop/s on one core of an
+AMD Zen 5. bfloat16 matrices torch multiplies with oneDNN itself, but copies the bias to the output first,
+which is then read again: 4 to 8% of the product. :func:`linear` asks oneDNN for all of it at once in these
+cases, and everywhere else calls the module.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from .derivatives import under_derivative
 
 
 @functools.lru_cache
-def mkl_is_slow(vendor: str, isa: str) -> bool:
-    """Whether MKL leaves a processor's 512-bit vectors unused, while this torch has oneDNN to use them."""
+def prefers_onednn(dtype: torch.dtype, vendor: str, isa: str) -> bool:
+    """Whether this torch has a product of oneDNN for 512-bit vectors that takes less time than its own way:
+    in bfloat16, and in float32 where MKL leaves these vectors unused."""
+    if dtype == torch.float32:
+        slow = vendor not in ("GenuineIntel", "") and torch.backends.mkl.is_available()
+    else:
+        slow = dtype == torch.bfloat16
     return (
-        vendor not in ("GenuineIntel", "")
+        slow
         and isa in ("avx512", "amx")
-        and torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
@@ -50,7 +55,8 @@ class _Linear(torch.autograd.Function):
         flat, rows = grad.flatten(0, -2), x.flatten(0, -2)
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         grad_bias = flat.sum(0) if wants_bias else None
-        if torch.is_grad_enabled():  # torch's products have derivatives of their own
+        # torch's products have derivatives of their own, and in bfloat16 they are oneDNN's as well.
+        if torch.is_grad_enabled() or x.dtype != torch.float32:
             grad_x = (flat @ weight).view_as(x) if wants_x else None
             return grad_x, flat.t() @ rows if wants_weight else None, grad_bias
         grad_x = _product(flat, weight.t()).view_as(x) if wants_x else None
@@ -59,15 +65,16 @@ class _Linear(torch.autograd.Function):
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether this is a product of plain float32 tensors, at full precision, where lkconv's kernels run."""
+    """Whether this is a product of plain tensors of one dtype, at full precision, where lkconv's kernels
+    run."""
     given = (x, weight) if bias is None else (x, weight, bias)
     return (
-        all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 for t in given)
+        all(type(t) in (Tensor, nn.Parameter) and t.dtype == x.dtype for t in given)
         and x.numel() > 0
         and x.shape[-1] == weight.shape[-1]  # else the module says what is wrong
         and all(t.device.type == "cpu" for t in given)
         and not torch.is_autocast_enabled("cpu")
-        and torch.get_float32_matmul_precision() == "highest"
+        and (x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest")
         and bool(torch.backends.mkldnn.enabled)
         and backends.namespace(x.device, x.dtype, "group_mix") == "lkconv"
     )
@@ -84,8 +91,8 @@ def _observed() -> bool:
 
 
 def linear(module: Any, x: Tensor) -> Tensor:
-    """``module(x)``, by oneDNN where the module is a plain ``nn.Linear`` and MKL is slow."""
-    if _observed() or not mkl_is_slow(_C.processor_vendor(), _C.active_isa()):
+    """``module(x)``, by oneDNN where the module is a plain ``nn.Linear`` and torch takes longer."""
+    if _observed() or not prefers_onednn(x.dtype, _C.processor_vendor(), _C.active_isa()):
         return module(x)
     if not is_plain(module, nn.Linear) or not _fits(x, module.weight, module.bias):
         return module(x)

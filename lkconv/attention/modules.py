@@ -11,7 +11,7 @@ from .. import backends
 from .. import reference_group_mix as reference
 from .._hooks import is_plain
 from ..modules import DepthwiseConv2d
-from .aggregator import GroupMixAggregator, tensors_of
+from .aggregator import GroupMixAggregator, parameters_of
 from .checks import check_dim, check_tokens
 from .derivatives import call_op
 from .heads import split_heads
@@ -33,7 +33,7 @@ class PositionEncoding(nn.Module):
         )
 
     def parameter_lists(self) -> tuple[list[Tensor], list[Tensor]]:
-        return tensors_of(self.conv_list, "weight"), tensors_of(self.conv_list, "bias")
+        return parameters_of(self.conv_list, "weight"), parameters_of(self.conv_list, "bias")
 
     def is_plain(self) -> bool:
         """Whether calling this module and its convolutions is the fused op's formula and nothing else."""
