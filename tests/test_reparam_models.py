@@ -394,8 +394,8 @@ def test_exports_to_one_convolution(case, merged):
         assert count == CONVOLUTIONS.get((case.name, merged), 1), calls
 
 
-SHARED = ("unireplknet-7", "mobileone")  # families that run in two processes
-PARALLEL = (*SHARED, "replknet-dense", "orepa")
+SHARED = ("unireplknet-7", "mobileone", "repmixer")  # families whose statistics two processes share
+PARALLEL = tuple(BY_NAME)
 
 
 def _two_batches(name):

@@ -1,6 +1,7 @@
 """Batch statistics in one node, the planner's choice, and RepOptimizers."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 @pytest.mark.parametrize("path", ["fused", "fused-recompute"])
-@pytest.mark.parametrize("name", ["replknet", "unireplknet-7", "mobileone"])
+@pytest.mark.parametrize("name", ["replknet", "unireplknet-7", "mobileone", "repmixer", "slak"])
 def test_twice_differentiable_with_batch_statistics(name, path):
     case = BY_NAME[name]
     block = randomise(case.make()).double().train()
@@ -32,6 +33,73 @@ def test_twice_differentiable_with_batch_statistics(name, path):
     with reparam.use_training_path(path):
         assert torch.autograd.gradcheck(run, arguments, fast_mode=True)
         assert torch.autograd.gradgradcheck(run, arguments, fast_mode=True)
+
+
+def _nodes(block, x, path=None):
+    """Autograd nodes of sums with batch statistics in a forward pass."""
+    with reparam.use_training_path(path) if path else nullcontext(), torch.profiler.profile() as profile:
+        block(x)
+    return sum(e.count for e in profile.key_averages() if e.key == "BatchStatisticsSum")
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes"),
+    [("repmixer", {None: 1, "fused-recompute": 1}), ("slak", {None: 1, "fused-recompute": 2})],
+)
+def test_families_of_several_sums_train_as_one(name, nodes):
+    """Strips are one sum unless branches are merged, which strips never are into a dense kernel."""
+    case = BY_NAME[name]
+    block, x = randomise(case.make()).double().train(), random_input(case)
+    for path, count in nodes.items():
+        assert _nodes(block, x, path) == count
+    assert _nodes(block, x, "branches") == 0
+
+
+def _mixer(**options):
+    torch.manual_seed(1)
+    return randomise(reparam.RepMixer(6, 3, **options)).double().train()
+
+
+def _other_eps(block):
+    block.norm.identity.eps = 0.25
+
+
+def _no_affine(block):
+    block.norm.identity = nn.BatchNorm2d(6, affine=False).double()
+
+
+def _momentum(block):
+    block.norm.identity.momentum = None
+
+
+@pytest.mark.parametrize("layer_scale", [0.5, None])
+@pytest.mark.parametrize("change", [lambda block: None, _other_eps, _no_affine, _momentum])
+@pytest.mark.parametrize("path", ["fused", "fused-recompute"])
+def test_two_norms_of_the_input_in_one_sum(path, change, layer_scale):
+    """Also with another eps, without parameters, or with another momentum: values, gradients, statistics."""
+    block = _mixer(layer_scale_init_value=layer_scale)
+    change(block)
+    x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    found = {}
+    for way in (path, "branches"):
+        one, leaf = copy.deepcopy(block), x.clone().requires_grad_()
+        with reparam.use_training_path(way):
+            assert _nodes(copy.deepcopy(one), x, way) == (way == path)
+            y = one(leaf)
+        y.square().sum().backward()
+        found[way] = [y, leaf.grad, *(p.grad for p in one.parameters()), *one.buffers()]
+    for a, b in zip(found[path], found["branches"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_hooks_keep_the_parts_of_a_mixer_apart():
+    block, seen = _mixer(), []
+    block.norm.register_forward_hook(lambda module, args, out: seen.append(out) or 2 * out)
+    x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    y = block(x)
+    expected = x + block.layer_scale(block.mixer(x) - 2 * seen[0])
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-10)
+    assert len(seen) == 1
 
 
 def test_a_plain_gather_would_be_wrong():

@@ -36,11 +36,13 @@ from lkconv.reparam.scaled_channel_sum import scaled_channel_sum
 
 @dataclass(frozen=True)
 class SumSpec:
-    """What is not a tensor: the branch geometries (None: the identity), their eps, and how to run."""
+    """What is not a tensor: the branch geometries (None: the identity), their eps, whether the input itself
+    is added to their sum (``skip``), and how to run."""
 
     geometries: tuple[Geometry | None, ...]
     eps: tuple[float, ...]
     target: Geometry
+    skip: bool = False
     keep: bool = True
     synchronise: bool = False
     group: dist.ProcessGroup | None = None
@@ -94,7 +96,7 @@ def plain_sum(
         y = F.batch_norm(y, None, None, gammas[b], betas[b], True, 0.0, spec.eps[b])
         out = y if out is None else out + y
     assert out is not None
-    return out
+    return out + input if spec.skip else out
 
 
 def _merged_output(
@@ -141,11 +143,14 @@ class BatchStatisticsSum(torch.autograd.Function):
             if beta is not None:
                 shift = shift + beta.to(shift.dtype)
         if how is not None:
+            scales = _with_skip(scales, spec)
             out = normalised_branches.normalised_sum(input, kept, how, scales, shift)
         elif spec.keep:
             out = scaled_channel_sum(outputs, scales, shift)
         else:
             out = _merged_output(input, weights, scales, shift, spec)
+        if spec.skip and not (how and how.identity):
+            out += input
         ctx.save_for_backward(input, means, inverse, *weights, *gammas, *betas, *outputs)
         ctx.spec, ctx.count, ctx.how = spec, count, how
         ctx.mark_non_differentiable(means, variances)
@@ -206,10 +211,13 @@ def _gradients_in_place(input, weights, gammas, betas, kept, means, inverse, ctx
         packed = torch.cat([total.unsqueeze(0), dot])
         dist.all_reduce(packed, group=spec.group)
         total, dot = packed[0], packed[1:]
-    coefficients = _normalised_gradient(gammas, means, inverse, total, dot, count)
+    scale, slope, constant = _normalised_gradient(gammas, means, inverse, total, dot, count)
+    coefficients = _with_skip(scale, spec), slope, constant
     grad_input, grad_weights = normalised_branches.backward(
         grad, input, weights, spec.geometries, kept, how, coefficients
     )
+    if spec.skip and not how.identity:
+        grad_input += grad
     grad_gammas = [None if g is None else dgamma[b].to(g.dtype) for b, g in enumerate(gammas)]
     grad_betas = [None if b is None else dbeta.to(b.dtype) for b in betas]
     return grad_input, None, *grad_weights, *grad_gammas, *grad_betas
@@ -261,6 +269,8 @@ def _gradients(input, weights, gammas, betas, outputs, means, inverse, ctx, grad
             )
             grad_input = part if grad_input is None else grad_input.add_(part)
         del y, dz
+    if grad_input is not None and spec.skip:
+        grad_input.add_(grad)
     return grad_input, None, *grads
 
 
@@ -285,6 +295,15 @@ def _normalised_gradient(gammas, means, inverse, total, dot, count):
     slope = scale * inverse * dot / -count
     constant = -scale * total / count - slope * means
     return scale, slope, constant
+
+
+def _with_skip(scales: Tensor, spec: SumSpec) -> Tensor:
+    """scales (B, C) of the branches, and of the input besides where an identity branch reads it anyway."""
+    if not spec.skip or None not in spec.geometries:
+        return scales
+    scales = scales.clone()
+    scales[spec.geometries.index(None)] += 1
+    return scales
 
 
 def _scales(gammas: Sequence[Tensor | None], inverse: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,14 @@ from lkconv import _hooks, backends
 from lkconv.modules import DepthwiseConv2d
 from lkconv.ops import autocast_dtype, forward_ad_active
 from lkconv.reparam import normalised_branches
-from lkconv.reparam.algebra import Branch, identity_geometry, identity_kernel, merge_kernels, module_affine
+from lkconv.reparam.algebra import (
+    Branch,
+    fold_dtype,
+    identity_geometry,
+    identity_kernel,
+    merge_kernels,
+    module_affine,
+)
 from lkconv.reparam.batch_statistics import BatchStatisticsSum, SumSpec
 from lkconv.reparam.convolution import autocast_input, convolve, is_depthwise
 from lkconv.reparam.functional import merged_depthwise_conv2d
@@ -199,16 +206,50 @@ def run_branches(input: Tensor, parts: Sequence[ConvBN], target: Geometry, out_c
             a single value per channel.
         RuntimeError: in a double backward through statistics shared between processes.
     """
-    synchronised, group = _sync_group(parts)
-    preferred = preferred_path()
-    chosen = plan(_situation(input, parts, target, out_channels, synchronised, preferred), preferred)
-    if chosen.path == "merged":
+    path, keep, shared = _choose(input, parts, target, out_channels)
+    if path == "merged":
         return run_merged(
             input, [p.linear(target, input.shape[1], input) for p in parts], target, out_channels
         )
-    if chosen.path == "branches":
+    if path == "branches":
         return _one_by_one(input, parts)
-    return _fused(input, parts, target, chosen.path == "fused", synchronised, group)
+    return _fused(input, parts, target, keep, shared)
+
+
+def run_fused(
+    input: Tensor,
+    parts: Sequence[ConvBN],
+    target: Geometry,
+    out_channels: int,
+    gains: Sequence[Tensor] | None = None,
+    skip: bool = False,
+) -> Tensor | None:
+    """``sum_b gains[b] parts[b](input)``, plus ``input`` with ``skip``, as one node; None where
+    :func:`run_branches` would not run these branches as one, and nothing has been computed.
+
+    ``gains`` are (O,), one per branch, or None for ones. The rest is as for :func:`run_branches`.
+    """
+    path, keep, shared = _choose(input, parts, target, out_channels)
+    if path in ("merged", "branches"):
+        return None
+    return _fused(input, parts, target, keep, shared, gains, skip)
+
+
+class _Shared(NamedTuple):
+    """Whether processes share statistics, and which."""
+
+    synchronised: bool
+    group: dist.ProcessGroup | None
+
+
+def _choose(
+    input: Tensor, parts: Sequence[ConvBN], target: Geometry, out_channels: int
+) -> tuple[str, bool, _Shared]:
+    """The path, whether branch outputs are kept, and with whom statistics are shared."""
+    shared, preferred = _Shared(*_sync_group(parts)), preferred_path()
+    situation = _situation(input, parts, target, out_channels, shared.synchronised, preferred)
+    path = plan(situation, preferred).path
+    return path, path == "fused", shared
 
 
 def run_merged(input: Tensor, branches: Sequence[Branch], target: Geometry, out_channels: int) -> Tensor:
@@ -232,35 +273,70 @@ def _fused(
     parts: Sequence[ConvBN],
     target: Geometry,
     keep: bool,
-    synchronised: bool,
-    group: dist.ProcessGroup | None,
+    shared: _Shared,
+    gains: Sequence[Tensor] | None = None,
+    skip: bool = False,
 ) -> Tensor:
-    norms = [p.bn for p in parts]
+    groups = _of_one_output(parts)
+    first = [parts[members[0]] for members in groups]
     spec = SumSpec(
-        tuple(None if p.conv is None else p.geometry(target) for p in parts),
-        tuple(bn.eps for bn in norms),
+        tuple(None if p.conv is None else p.geometry(target) for p in first),
+        tuple(p.bn.eps for p in first),
         target,
+        skip,
         keep,
-        synchronised,
-        group,
+        *shared,
     )
-    weights = [None if p.conv is None else p.conv.weight for p in parts]
+    weights = [None if p.conv is None else p.conv.weight for p in first]
     input = autocast_input(input)
     # A kernel and its input meet in one dtype, as under F.conv2d; the gradient returns in the kernel's own.
     weights = [w if w is None else w.to(input.dtype) for w in weights]
-    affine = [bn.weight for bn in norms] + [bn.bias for bn in norms]
     with torch.autocast(input.device.type, enabled=False):
-        out, means, variances, count = BatchStatisticsSum.apply(input, spec, *weights, *affine)
-    _update_running_statistics(norms, means, variances, int(count))
+        gammas = [_summed(parts, members, gains, "weight", input) for members in groups]
+        betas = [_summed(parts, members, gains, "bias", input) for members in groups]
+        out, means, variances, count = BatchStatisticsSum.apply(input, spec, *weights, *gammas, *betas)
+    rows = {part: row for row, members in enumerate(groups) for part in members}
+    order = [rows[i] for i in range(len(parts))]
+    _update_running_statistics([p.bn for p in parts], order, means, variances, int(count))
     return out
+
+
+def _of_one_output(parts: Sequence[ConvBN]) -> list[list[int]]:
+    """Indices of the parts, those together that normalise the same tensor alike: identities of one eps."""
+    groups: dict[Any, list[int]] = {}
+    for i, part in enumerate(parts):
+        groups.setdefault(("identity", part.bn.eps) if part.conv is None else i, []).append(i)
+    return list(groups.values())
+
+
+def _summed(
+    parts: Sequence[ConvBN], members: Sequence[int], gains: Sequence[Tensor] | None, name: str, like: Tensor
+) -> Tensor | None:
+    """The weight or bias of the batch norms ``members`` together, times their gains; None for that of one
+    without."""
+    if gains is None and len(members) == 1:
+        return getattr(parts[members[0]].bn, name)
+    total = None
+    for i in members:
+        value, gain = getattr(parts[i].bn, name), None if gains is None else gains[i]
+        if value is None and name == "bias":
+            continue
+        wide = fold_dtype(like, *(t for t in (value, gain) if t is not None))
+        if value is None:
+            value = torch.ones_like(parts[i].bn.running_mean if gain is None else gain, dtype=wide)
+        term = value.to(wide) if gain is None else value.to(wide) * gain.to(wide)
+        total = term if total is None else total + term
+    return total
 
 
 @torch.no_grad()
 def _update_running_statistics(
-    norms: Sequence[nn.Module | None], means: Tensor, variances: Tensor, count: int
+    norms: Sequence[nn.Module | None], rows: Sequence[int], means: Tensor, variances: Tensor, count: int
 ):
-    """What BatchNorm does in training: momentum (or a cumulative mean) and the unbiased variance."""
-    for bn, mean, variance in zip(norms, means, variances, strict=True):
+    """What BatchNorm does in training: momentum (or a cumulative mean) and the unbiased variance. ``rows``:
+    where each norm's statistics are."""
+    all_means, all_variances = means.unbind(), (variances * (count / (count - 1))).unbind()
+    for bn, row in zip(norms, rows, strict=True):
         assert isinstance(bn, _BatchNorm)
         if not bn.track_running_stats or bn.running_mean is None or bn.running_var is None:
             continue
@@ -269,6 +345,5 @@ def _update_running_statistics(
             bn.num_batches_tracked.add_(1)
             if momentum is None:
                 momentum = 1.0 / float(bn.num_batches_tracked)
-        unbiased = variance * (count / (count - 1))
-        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum or 0.0)
-        bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), momentum or 0.0)
+        bn.running_mean.lerp_(all_means[row].to(bn.running_mean.dtype), momentum or 0.0)
+        bn.running_var.lerp_(all_variances[row].to(bn.running_var.dtype), momentum or 0.0)

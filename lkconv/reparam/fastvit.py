@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lkconv.reparam.algebra import identity_kernel
 from lkconv.reparam.block import BranchSumBlock, ReparamBlock, config_of, conv_bn, require
-from lkconv.reparam.branches import ConvBN
+from lkconv.reparam.branches import ConvBN, run_fused
 from lkconv.reparam.geometry import Geometry
 from lkconv.reparam.mobileone import FastViTMobileOneBlock
 from lkconv.reparam.squeeze_excite import SqueezeExcite, rounded_channels
@@ -157,7 +157,16 @@ class RepMixer(ReparamBlock):
     def _forward_training(self, input: Tensor) -> Tensor:
         if self._runs_folded():
             return self._convolve_folded(input)
-        return input + self.layer_scale(self.mixer(input) - self.norm(input))
+        out = self._fused(input) if self._are_plain(self._training_children()) else None
+        return input + self.layer_scale(self.mixer(input) - self.norm(input)) if out is None else out
+
+    def _fused(self, input: Tensor) -> Tensor | None:
+        """The branches of both blocks and the input as one sum, or None where they do not run as one."""
+        norm, mixer = self.norm._parts(), self.mixer._parts()
+        factor = self.layer_scale.gamma.flatten() if isinstance(self.layer_scale, LayerScale2d) else None
+        one = next(self.parameters()).new_ones(self.dim) if factor is None else factor
+        gains = [one] * len(mixer) + [-one] * len(norm)
+        return run_fused(input, [*mixer, *norm], self._target, self.dim, gains, skip=True)
 
 
 class RepConditionalPosEnc(BranchSumBlock):

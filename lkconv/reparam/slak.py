@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from lkconv.reparam.algebra import Branch, fold_dtype, merge_kernels
 from lkconv.reparam.block import ReparamBlock, config_of, conv_bn, require
-from lkconv.reparam.branches import ConvBN, run_branches
+from lkconv.reparam.branches import ConvBN, run_branches, run_fused
 from lkconv.reparam.convolution import make_layer
 from lkconv.reparam.geometry import Geometry
+from lkconv.reparam.planner import preferred_path
 
 
 def _geometry(height: int, width: int, stride: Any, groups: int) -> Geometry:
@@ -106,6 +107,9 @@ class SLaKReparamLargeKernelConv(ReparamBlock):
         names = [name for name in self._training_children() if name in self._modules]
         return {name: ConvBN.of(name, getattr(self, name)) for name in names}
 
+    def _dense(self) -> Geometry:
+        return _geometry(self.kernel_size, self.kernel_size, self._target.stride, self._target.groups)
+
     def _strips(self) -> tuple[list[ConvBN], list[ConvBN]]:
         """Branches of the vertical strip (with the square kernel) and of the horizontal one."""
         parts = self._parts()
@@ -133,7 +137,7 @@ class SLaKReparamLargeKernelConv(ReparamBlock):
 
     def _fold(self) -> tuple[Tensor, Tensor]:
         """The dense K x K kernel and bias: the merged form itself without Decom, a view of it with strips."""
-        dense = _geometry(self.kernel_size, self.kernel_size, self._target.stride, self._target.groups)
+        dense = self._dense()
         if self.is_merged:
             names = (self.merged_name, "strip_horizontal") if self.Decom else (self.merged_name,)
             layers = [getattr(self, name) for name in names]
@@ -175,7 +179,13 @@ class SLaKReparamLargeKernelConv(ReparamBlock):
     def _forward_training(self, input: Tensor) -> Tensor:
         if not self.Decom:
             return run_branches(input, list(self._parts().values()), self._target, self.out_channels)
+        # Statistics of a batch are taken of every branch by itself: then all of them can be one sum. Where
+        # branches are merged, each strip has those that fit into it.
         vertical, horizontal = self._strips()
+        if preferred_path() != "fused-recompute":
+            out = run_fused(input, list(self._parts().values()), self._dense(), self.out_channels)
+            if out is not None:
+                return out
         return run_branches(input, vertical, self._target, self.out_channels) + run_branches(
             input, horizontal, self._horizontal, self.out_channels
         )
