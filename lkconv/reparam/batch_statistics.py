@@ -135,8 +135,7 @@ class BatchStatisticsSum(torch.autograd.Function):
             raise ValueError(
                 f"batch statistics need more than 1 value per channel, got input {tuple(input.shape)}"
             )
-        eps = torch.tensor(spec.eps, dtype=means.dtype, device=means.device).unsqueeze(1)
-        inverse = torch.rsqrt(variances + eps)
+        inverse = torch.rsqrt(variances + _eps(spec, means))
         scales = _scales(gammas, inverse)
         shift = -(means * scales).sum(0)
         for beta in betas:
@@ -295,6 +294,13 @@ def _normalised_gradient(gammas, means, inverse, total, dot, count):
     slope = scale * inverse * dot / -count
     constant = -scale * total / count - slope * means
     return scale, slope, constant
+
+
+def _eps(spec: SumSpec, like: Tensor) -> Tensor | float:
+    """Of every branch, (B, 1); a number where all agree."""
+    if len(set(spec.eps)) == 1:
+        return spec.eps[0]
+    return torch.tensor(spec.eps, dtype=like.dtype, device=like.device).unsqueeze(1)
 
 
 def _with_skip(scales: Tensor, spec: SumSpec) -> Tensor:

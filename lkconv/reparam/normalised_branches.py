@@ -183,15 +183,20 @@ def _flat(geometries: Sequence[Geometry | None], kernels: Sequence[int]) -> tupl
 
 def _to_ops(rows: Tensor, how: Arrangement) -> Tensor:
     """Rows of branches in the order of the ops."""
-    order = how.order
-    return rows if order == tuple(range(len(order))) else rows[list(order)]
+    return _reordered(rows, how.order)
 
 
 def _from_ops(rows: Tensor, how: Arrangement) -> Tensor:
     order = how.order
+    return _reordered(rows, tuple(order.index(b) for b in range(len(order))))
+
+
+def _reordered(rows: Tensor, order: tuple[int, ...]) -> Tensor:
+    """``rows[order]``; few rows are stacked in half the time that an index takes."""
     if order == tuple(range(len(order))):
         return rows
-    return rows[[order.index(b) for b in range(len(order))]]
+    parts = rows.unbind()
+    return torch.stack([parts[i] for i in order])
 
 
 # --- fake kernels -----------------------------------------------------------------------------------------
