@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -40,7 +41,19 @@ def namespace(tokens: Tensor, synchronised: bool = False) -> str | None:
     empty = tokens.numel() == 0 and not synchronised
     if empty or tokens.shape[-1] > 15 * MOST_SEGMENT or under_derivative():
         return None
-    return backends.namespace(tokens.device, computed_dtype(tokens), "group_mix")
+    found = backends.namespace(tokens.device, computed_dtype(tokens), "group_mix")
+    if found is not None:
+        _ensure_sharding(found, tokens)
+    return found
+
+
+def _ensure_sharding(namespace: str, tokens: Tensor) -> None:
+    """Teaches DTensor the ops before the first call that holds one; costs next to nothing to others."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is not None and isinstance(tokens, module.DTensor):
+        from . import sharding
+
+        sharding.register(namespace)
 
 
 def autocast(tokens: Tensor) -> Tensor:
