@@ -209,7 +209,7 @@ class _Request(threading.local):
         self.name: str | None = _environment
 
 
-_request = _Request()
+request = _Request()
 
 
 @contextmanager
@@ -223,16 +223,16 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: the name is unknown.
     """
-    before, _request.name = _request.name, _known(name, "backend")
+    before, request.name = request.name, _known(name, "backend")
     try:
         yield
     finally:
-        _request.name = before
+        request.name = before
 
 
 def requested() -> str | None:
     """The backend asked for in this thread, or None for the automatic choice."""
-    return _request.name
+    return request.name
 
 
 def give_up(name: str, device: torch.device, dtype: torch.dtype, family: str, reason: str) -> None:
@@ -259,7 +259,7 @@ def retried(function: Callable) -> Callable:
 
 def choose(device: torch.device, dtype: torch.dtype, family: str = "depthwise_conv2d") -> Choice:
     """The backend of a family of ops for tensors of ``device`` and ``dtype`` in this thread."""
-    return _cached((_request.name, device, dtype, family, None))
+    return _cached((request.name, device, dtype, family, None))
 
 
 def choose_for(
@@ -272,12 +272,12 @@ def choose_for(
     if choice.name != "cuda" or torch.SymInt in map(type, (*problem[0], *problem[2])):
         return choice  # the others take every size
     refused = _no_cuda_plan(cuda_machine(device), dtype, problem, channels_last)
-    return choice if refused is None else _cached((_request.name, device, dtype, "depthwise_conv2d", refused))
+    return choice if refused is None else _cached((request.name, device, dtype, "depthwise_conv2d", refused))
 
 
 def namespace(device: torch.device, dtype: torch.dtype, family: str = "depthwise_conv2d") -> str | None:
     """The op namespace of :func:`choose`'s backend, None for plain PyTorch; for code under a compiler."""
-    return _namespace_for(_request.name, device, dtype, family)
+    return _namespace_for(request.name, device, dtype, family)
 
 
 def _namespace_for(request: str | None, device: torch.device, dtype: torch.dtype, family: str) -> str | None:
