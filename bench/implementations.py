@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import lkconv
 from bench.gate import fast_length
 from bench.problem import LAYOUTS, Problem
+from lkconv.ops import direct
 
 Run = Callable[[], torch.Tensor]
 
@@ -58,9 +59,11 @@ def prepare_lkconv(problem: Problem) -> Run:
         op = ops.backward_weight if ops else lkconv.reference.depthwise_conv2d_backward_weight
         arguments = (dy, x, list(problem.layer.kernel_size), *geometry)
 
+    function = direct(op)
+
     def run() -> torch.Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
+            return function(*arguments)
 
     return run
 

@@ -25,11 +25,10 @@ from lkconv._validate import (
     pair,
 )
 from lkconv.backends import request
-from lkconv.ops import Ops, ensure_sharding, forward_ad_active
+from lkconv.ops import Ops, direct, ensure_sharding, forward_ad_active
 
 _PLAIN = (Tensor, Parameter)
-_op: Any = torch.ops.lkconv.depthwise_conv2d.default
-_forward_on_cpu = getattr(_op, "_op", _op)  # without the frame of the object that torch.ops holds
+_forward_on_cpu = direct(torch.ops.lkconv.depthwise_conv2d.default)
 
 
 def depthwise_conv2d(

@@ -110,35 +110,47 @@ def _autograd_functions(forward: Any, backward_input: Any, backward_weight: Any)
     A gradient's formula gets the output's gradient, the other factor, its own shape and the geometry.
     """
 
+    convolve, gradient_of_input, gradient_of_weight = map(_caller, (forward, backward_input, backward_weight))
+
     def to_input(grad, weight, shape, geometry):
-        return _call(backward_input, grad, weight, shape, *geometry)
+        return gradient_of_input(grad, weight, shape, *geometry)
 
     def to_weight(grad, input, shape, geometry):
-        return _call(backward_weight, grad, input, shape[2:], *geometry)
+        return gradient_of_weight(grad, input, shape[2:], *geometry)
 
     return (
         _bilinear_function("DepthwiseConv2d", forward, to_input, to_weight),
         _bilinear_function(
             "DepthwiseConv2dBackwardInput",
             backward_input,
-            lambda grad, weight, shape, geometry: _call(forward, grad, weight, None, *geometry),
+            lambda grad, weight, shape, geometry: convolve(grad, weight, None, *geometry),
             lambda grad, grad_output, shape, geometry: to_weight(grad_output, grad, shape, geometry),
         ),
         _bilinear_function(
             "DepthwiseConv2dBackwardWeight",
             backward_weight,
-            lambda grad, input, shape, geometry: _call(forward, input, grad, None, *geometry),
+            lambda grad, input, shape, geometry: convolve(input, grad, None, *geometry),
             lambda grad, grad_output, shape, geometry: to_input(grad_output, grad, shape, geometry),
         ),
     )
 
 
-def _call(op: Any, *args: Any) -> Tensor:
+def direct(op: Any) -> Callable:
+    """The function under the object that ``torch.ops`` holds, which adds a frame of its own to every call."""
+    return getattr(op, "_op", op)
+
+
+def _caller(op: Any) -> Callable:
     """The op, below autograd when nothing can be recorded: saves a trip through the autograd kernel."""
-    if torch.is_grad_enabled() or forward_ad_active() or torch.compiler.is_compiling():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+    function = direct(op)
+
+    def call(*args: Any) -> Tensor:
+        if torch.is_grad_enabled() or forward_ad_active() or torch.compiler.is_compiling():
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return function(*args)
+
+    return call
 
 
 def _bilinear_function(name: str, op: Any, grad_first: Callable, grad_second: Callable) -> Any:
@@ -147,9 +159,11 @@ def _bilinear_function(name: str, op: Any, grad_first: Callable, grad_second: Ca
     ``third`` is the bias of the forward and a size for the others.
     """
 
+    function = direct(op)
+
     def forward(ctx, first, second, third, stride, padding, dilation):
         with _below_autograd():
-            output = op(first, second, third, stride, padding, dilation)
+            output = function(first, second, third, stride, padding, dilation)
         need_first, need_second = ctx.needs_input_grad[:2]
         if forward_ad_active():
             ctx.save_for_forward(first, second)
