@@ -11,7 +11,7 @@ from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 from .. import reference_group_mix as reference
-from ..ops import forward_ad_active
+from ..ops import direct, forward_ad_active
 from .checks import NUM_HEADS
 from .parameters import AggregateParameters
 
@@ -36,7 +36,7 @@ def call_op(op: Any, *arguments: Any) -> Any:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+        return direct(op.default)(*arguments)
 
 
 # ---- eager mode --------------------------------------------------------------------------------------------

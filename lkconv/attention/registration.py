@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import AUTOCAST_DEVICES
+from ..ops import AUTOCAST_DEVICES, direct
 from .checks import KERNELS, NUM_HEADS
 from .derivatives import (
     accumulation_dtype,
@@ -171,8 +171,9 @@ def _(grad_out, mixed, log_sum, context, height, width, position_weight, positio
 def call(ops: Any, name: str, qkv: Tensor, *arguments: Any) -> Any:
     """An op's outputs for a batch, qkv's; zeros for one without images, which kernels do not take but which
     a process that shares statistics with others may have."""
+    op = getattr(ops, name)
     if qkv.numel():
-        return getattr(ops, name)(*arguments)
+        return op(*arguments) if torch.compiler.is_compiling() else direct(op.default)(*arguments)
     return torch.utils._pytree.tree_map(torch.zero_, OUTPUTS[name](*arguments))
 
 
