@@ -21,6 +21,8 @@ constexpr int64_t kMaxTileWidth = 128;
 constexpr int64_t kMaxWeightSpan = 4;
 constexpr int64_t kKernelBytes = 256 << 10;     // of the groups that a task reads in place together
 constexpr int64_t kWideKernelBytes = 24 << 10;  // where a block of outputs takes too long to wait for memory
+constexpr int64_t kNearRowsBytes = 32 << 10;    // of rows read in place again and again
+constexpr int64_t kFarBytes = 40 << 20, kFarSpan = 8;  // of tensors that come from memory
 constexpr int64_t kMaxAtenTaps = 25;
 constexpr int64_t kMaxAtenPhaseTaps = 36;  // taps of the first phase times phases: at most 5x5 at stride 2
 constexpr double kAtenMargin = 1.1;
@@ -103,14 +105,27 @@ void choose_span(const Geometry& g, const Machine& m, int64_t bytes_per_group, P
                       4 * halo + 4, p);
 }
 
+// Groups of which the rows that a kernel reads, and the one it writes, stay in a first-level cache from one
+// row of outputs to the next; 0 where that is none, or where it would not pay: rows that are dilated or
+// strided pass through the second one anyway.
+int64_t span_of_near_rows(const Geometry& g, int64_t vector) {
+  if (g.kernel_h == 1 || g.stride_h > 1 || g.dil_h > 1) return 0;
+  const int64_t pixels = g.height * g.width + g.out_height * g.out_width;
+  const int64_t fits = kNearRowsBytes / ((g.kernel_h + 1) * std::max(g.width, g.out_width) * vector);
+  // Memory is read and written in runs of some length.
+  return g.batch * g.channels * pixels * int64_t(sizeof(float)) > kFarBytes ? std::max(fits, kFarSpan) : fits;
+}
+
 // The same where tensors are read in place: whole pixels, as far as their kernels stay in a cache of the
-// core, so that memory is read and written in the order of addresses. Rows that tasks share are not copied
-// twice.
-void choose_span_in_place(const Geometry& g, const Machine& m, int64_t bytes_of_kernel, Plan& p) {
-  const int64_t groups = channel_groups(g.channels, p);
+// core, so that memory is read and written in the order of addresses, or fewer groups whose rows stay near.
+// Rows that tasks share are not copied twice.
+void choose_span_in_place(const Geometry& g, const Machine& m, int64_t vector, Plan& p) {
+  const int64_t groups = channel_groups(g.channels, p), bytes_of_kernel = g.kernel_h * g.kernel_w * vector;
   const bool once = narrow_rows(g) || g.kernel_h == 1;  // a strip reads each pixel for one row of outputs
   const int64_t bytes = once ? kKernelBytes : kWideKernelBytes;
-  p.span = even_part(groups, std::clamp<int64_t>(bytes / bytes_of_kernel, 1, kMaxSpanInPlace));
+  int64_t span = std::clamp<int64_t>(bytes / bytes_of_kernel, 1, kMaxSpanInPlace);
+  if (const int64_t near = once ? span_of_near_rows(g, vector) : 0) span = std::min(span, near);
+  p.span = even_part(groups, span);
   share_among_threads(g, m, ceil_div(groups, p.span) * g.batch, 4, p);
 }
 
@@ -142,7 +157,7 @@ void choose_in_place(Pass pass, const Geometry& g, int64_t reduce, const Machine
     p.scratch_bytes = p.span * taps * vector;
   } else {
     p.tile_h = g.out_height;
-    choose_span_in_place(g, m, taps * vector, p);
+    choose_span_in_place(g, m, vector, p);
     // A last group that is not full computes outputs of the one before it again: they share a task.
     const int64_t last_span = (channel_groups(g.channels, p) - 1) % p.span + 1;
     if (g.channels % p.lanes && last_span == 1) return;
