@@ -250,19 +250,34 @@ def test_odd_rows_of_channels_last_tensors_are_read_in_place(pass_name):
     assert not plan((3, 3), channels=24, dtype="bfloat16")["in_place"], "a group is 32 channels"
 
 
-def test_tasks_in_place_hold_whole_pixels():
-    """All channels together, as far as their kernels stay in a core's own cache; enough tasks remain."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tasks_in_place_keep_their_rows_near(dtype):
+    """As many groups as leave the rows of a kernel in a first-level cache; enough tasks remain."""
 
-    def plan(kernel, channels, batch=8, dtype="float32"):
-        shape = {"size": (batch, channels, 56, 56), "kernel": kernel, "channels_last": True, "aten": False}
-        return of("direct", candidates(**shape, dtype=dtype, isa="avx512", threads=2))
+    def plan(kernel, channels, side=56, batch=2, **options):
+        shape = {
+            "size": (batch, channels, side, side),
+            "kernel": kernel,
+            "channels_last": True,
+            "aten": False,
+        }
+        return of("direct", candidates(**shape, dtype=dtype, isa="avx512", threads=2, **options))
 
-    for dtype in ("float32", "bfloat16"):
-        assert plan((3, 3), 256, dtype=dtype)["scratch_bytes"] == 4 * 9 * 256
-        assert plan((7, 7), 3000, dtype=dtype)["scratch_bytes"] <= 256 << 10
-        alone = plan((3, 3), 256, batch=1, dtype=dtype)
-        spans = -(-4 * 9 * 256 // alone["scratch_bytes"])
-        assert spans * -(-56 // alone["tile"][0]) >= 8, "four tasks for each thread"
+    def groups(kernel, *arguments, **options):
+        return plan(kernel, *arguments, **options)["scratch_bytes"] // (64 * kernel[0] * kernel[1])
+
+    for side, kernel in ((14, (3, 3)), (28, (3, 3)), (56, (3, 3)), (28, (7, 7)), (7, (7, 7))):
+        found = groups(kernel, 256, side)
+        assert found * (kernel[0] + 1) * side * 64 <= 32 << 10
+        assert (2 * found + 2) * (kernel[0] + 1) * side * 64 > 32 << 10
+    whole = 256 * (4 if dtype == "float32" else 2) // 64
+    assert groups((3, 3), 256, batch=8) == 8, "tensors from memory are read in longer runs"
+    assert groups((3, 3), 256, 14, batch=8, dilation=(3, 3), padding=(3, 3)) == whole
+    assert groups((3, 3), 256, stride=(2, 2)) == groups((1, 3), 256, padding=(0, 1)) == whole
+    assert plan((1, 7), 3000, padding=(0, 3))["scratch_bytes"] <= 256 << 10
+    alone = plan((3, 3), 256, batch=1)
+    spans = -(-whole // (alone["scratch_bytes"] // (64 * 9)))
+    assert spans * -(-56 // alone["tile"][0]) >= 8, "four tasks for each thread"
 
 
 def test_pixels_in_one_cache_set_are_copied():

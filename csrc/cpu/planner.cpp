@@ -18,7 +18,8 @@ namespace {
 constexpr int64_t kWindowBytes =
     384 << 10;  // of a direct tile's input window: well inside a second-level cache
 constexpr int64_t kMaxTileWidth = 128;
-constexpr int64_t kMaxWeightSpan = 4;
+constexpr int64_t kMaxWeightSpan = 4;           // lines of a pixel that are copied to scratch together
+constexpr int64_t kMaxWeightSpanInPlace = 2;    // whose rows stay in a first-level cache
 constexpr int64_t kKernelBytes = 256 << 10;     // of the groups that a task reads in place together
 constexpr int64_t kWideKernelBytes = 24 << 10;  // where a block of outputs takes too long to wait for memory
 constexpr int64_t kNearRowsBytes = 32 << 10;    // of rows read in place again and again
@@ -154,6 +155,7 @@ void choose_in_place(Pass pass, const Geometry& g, int64_t reduce, const Machine
   if (pass == Pass::backward_weight) {
     p.in_place = true;
     p.tile_h = g.out_height;
+    p.span = even_part(channel_groups(g.channels, p), std::min(p.span, kMaxWeightSpanInPlace));
     p.scratch_bytes = p.span * taps * vector;
   } else {
     p.tile_h = g.out_height;
