@@ -264,20 +264,22 @@ def test_tasks_in_place_keep_their_rows_near(dtype):
         return of("direct", candidates(**shape, dtype=dtype, isa="avx512", threads=2, **options))
 
     def groups(kernel, *arguments, **options):
-        return plan(kernel, *arguments, **options)["scratch_bytes"] // (64 * kernel[0] * kernel[1])
+        taps = kernel[0] * kernel[1]  # floats
+        return plan(kernel, *arguments, **options)["scratch_bytes"] // (4 * channels_of_a_group * taps)
+
+    channels_of_a_group = 16 if dtype == "float32" else 32  # 64 bytes
 
     for side, kernel in ((14, (3, 3)), (28, (3, 3)), (56, (3, 3)), (28, (7, 7)), (7, (7, 7))):
-        found = groups(kernel, 256, side)
+        found = groups(kernel, 256, side, batch=2 if side == 56 else 8)
         assert found * (kernel[0] + 1) * side * 64 <= 32 << 10
         assert (2 * found + 2) * (kernel[0] + 1) * side * 64 > 32 << 10
-    whole = 256 * (4 if dtype == "float32" else 2) // 64
+    whole = 256 // channels_of_a_group
     assert groups((3, 3), 256, batch=8) == 8, "tensors from memory are read in longer runs"
     assert groups((3, 3), 256, 14, batch=8, dilation=(3, 3), padding=(3, 3)) == whole
     assert groups((3, 3), 256, stride=(2, 2)) == groups((1, 3), 256, padding=(0, 1)) == whole
     assert plan((1, 7), 3000, padding=(0, 3))["scratch_bytes"] <= 256 << 10
-    alone = plan((3, 3), 256, batch=1)
-    spans = -(-whole // (alone["scratch_bytes"] // (64 * 9)))
-    assert spans * -(-56 // alone["tile"][0]) >= 8, "four tasks for each thread"
+    spans, rows = whole // groups((3, 3), 256, batch=1), plan((3, 3), 256, batch=1)["tile"][0]
+    assert spans * -(-56 // rows) >= 8, "four tasks for each thread"
 
 
 def test_pixels_in_one_cache_set_are_copied():

@@ -109,10 +109,10 @@ void choose_span(const Geometry& g, const Machine& m, int64_t bytes_per_group, P
 // Groups of which the rows that a kernel reads, and the one it writes, stay in a first-level cache from one
 // row of outputs to the next; 0 where that is none, or where it would not pay: rows that are dilated or
 // strided pass through the second one anyway.
-int64_t span_of_near_rows(const Geometry& g, int64_t vector) {
+int64_t span_of_near_rows(const Geometry& g, int64_t bytes_of_pixel) {
   if (g.kernel_h == 1 || g.stride_h > 1 || g.dil_h > 1) return 0;
   const int64_t pixels = g.height * g.width + g.out_height * g.out_width;
-  const int64_t fits = kNearRowsBytes / ((g.kernel_h + 1) * std::max(g.width, g.out_width) * vector);
+  const int64_t fits = kNearRowsBytes / ((g.kernel_h + 1) * std::max(g.width, g.out_width) * bytes_of_pixel);
   // Memory is read and written in runs of some length.
   return g.batch * g.channels * pixels * int64_t(sizeof(float)) > kFarBytes ? std::max(fits, kFarSpan) : fits;
 }
@@ -120,12 +120,12 @@ int64_t span_of_near_rows(const Geometry& g, int64_t vector) {
 // The same where tensors are read in place: whole pixels, as far as their kernels stay in a cache of the
 // core, so that memory is read and written in the order of addresses, or fewer groups whose rows stay near.
 // Rows that tasks share are not copied twice.
-void choose_span_in_place(const Geometry& g, const Machine& m, int64_t vector, Plan& p) {
+void choose_span_in_place(const Geometry& g, const Machine& m, int64_t vector, int64_t parts, Plan& p) {
   const int64_t groups = channel_groups(g.channels, p), bytes_of_kernel = g.kernel_h * g.kernel_w * vector;
   const bool once = narrow_rows(g) || g.kernel_h == 1;  // a strip reads each pixel for one row of outputs
   const int64_t bytes = once ? kKernelBytes : kWideKernelBytes;
   int64_t span = std::clamp<int64_t>(bytes / bytes_of_kernel, 1, kMaxSpanInPlace);
-  if (const int64_t near = once ? span_of_near_rows(g, vector) : 0) span = std::min(span, near);
+  if (const int64_t near = once ? span_of_near_rows(g, vector / parts) : 0) span = std::min(span, near);
   p.span = even_part(groups, span);
   share_among_threads(g, m, ceil_div(groups, p.span) * g.batch, 4, p);
 }
@@ -159,7 +159,7 @@ void choose_in_place(Pass pass, const Geometry& g, int64_t reduce, const Machine
     p.scratch_bytes = p.span * taps * vector;
   } else {
     p.tile_h = g.out_height;
-    choose_span_in_place(g, m, vector, p);
+    choose_span_in_place(g, m, vector, parts, p);
     // A last group that is not full computes outputs of the one before it again: they share a task.
     const int64_t last_span = (channel_groups(g.channels, p) - 1) % p.span + 1;
     if (g.channels % p.lanes && last_span == 1) return;
