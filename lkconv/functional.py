@@ -23,7 +23,7 @@ from lkconv._validate import (
 )
 from lkconv.ops import Ops, ensure_sharding, forward_ad_active
 
-_PLAIN = (Tensor, Parameter)
+PLAIN = (Tensor, Parameter)
 
 
 def depthwise_conv2d(
@@ -102,11 +102,18 @@ def _compiled(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Pai
 
 def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether these are ordinary tensors in plain eager mode: no subclass, transform, trace or autocast."""
+    return (
+        type(input) in PLAIN
+        and type(weight) in PLAIN
+        and (bias is None or type(bias) in PLAIN)
+        and in_plain_eager_mode()
+    )
+
+
+def in_plain_eager_mode() -> bool:
+    """Whether no transform, trace, mode or autocast sees the call, so that an op's hooks can be passed by."""
     return not (
-        type(input) not in _PLAIN
-        or type(weight) not in _PLAIN
-        or (bias is not None and type(bias) not in _PLAIN)
-        or torch._C._are_functorch_transforms_active()
+        torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_tracing()
         or torch._C._is_any_autocast_enabled()
