@@ -79,7 +79,7 @@ Blocks blocks_of(const ConvParams& p, int64_t row_bytes, const std::vector<Plann
 }  // namespace
 
 bool convolve_slices(const std::vector<ChannelSlice>& slices, const Machine& m, const ParallelFor& parallel) {
-  if (slices.empty()) return true;
+  if (slices.empty() || slices[0].p.batch == 0) return true;
   std::vector<PlannedSlice> convolutions;
   int64_t channels = 0;
   double cycles = 0;
