@@ -21,8 +21,7 @@ STABLE_TORCH_LIBRARY(lkconv, m) {
       "depthwise_conv2d_backward_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, SymInt[] "
       "stride, "
       "SymInt[] padding, SymInt[] dilation) -> Tensor");
-  // Stride 1 and "same" padding on slices of the channels, one per weight; a slice without a weight is
-  // copied.
+  // Stride 1 and "same" padding on slices of the channels, one per weight; without a weight it is copied.
   m.def(
       "segmented_depthwise_conv2d(Tensor input, Tensor?[] weights, Tensor?[] biases, SymInt[] splits) -> "
       "Tensor");

@@ -36,8 +36,7 @@ char* address(const TensorView& v, int64_t n, int64_t y) {
 }
 
 // All channels of a block, those of convolutions too: read and written in one sweep, its cache lines are at
-// hand when every slice touches a part of each. Slice by slice a whole pass over the tensors waits for its
-// own.
+// hand when every slice touches a part of each.
 void copy_block(const TensorView& from, const TensorView& to, int64_t channels, int64_t width,
                 const Block& b) {
   const int64_t size = dtype_size(from.dtype), pixel = channels * size;
@@ -55,8 +54,7 @@ void copy_block(const TensorView& from, const TensorView& to, int64_t channels, 
     }
 }
 
-// The block as a problem of its own: output row y0 is its first, and as far above the input as it is below
-// y0.
+// The block as a problem of its own: its first output row is y0, where the input begins y0 rows further up.
 void convolve_block(const PlannedSlice& s, const Block& b) {
   ForwardProblem f = s.f;
   f.batch = b.n1 - b.n0, f.out_height = b.y1 - b.y0, f.pad_h -= b.y0;
