@@ -84,8 +84,8 @@ def segmented_depthwise_conv2d(
     """Convolves slices of the channels with windows of their own, "same" padding, stride 1.
 
     The token mixer of InceptionNeXt (arXiv 2303.16900) is ``weights=[None, w3x3, w1x11, w11x1]``. One op,
-    which reads slices of the input and writes slices of the output in place: nothing is copied but what an
-    identity passes on. The input's gradient is the same op, and weights' gradients read slices in place.
+    which reads slices of the input and writes slices of the output in place: no result of a convolution is
+    copied. The input's gradient is the same op, and weights' gradients read slices in place.
     Under autocast the whole input enters in autocast's dtype, what identities pass on as well.
 
     Args:
