@@ -1,8 +1,8 @@
 """Windows on slices of channels: the token mixers of InceptionNeXt-T, whole, against PyTorch.
 
 The peer cuts the channels, convolves three slices with ``F.conv2d`` and concatenates, in contiguous and in
-channels_last memory. Both sides write the result once more in ``torch.cat``. A row is timed only when the
-outputs, and in training the input's gradient, agree with float64.
+channels_last memory; lkconv writes slices of one output. A row is timed only when the outputs, and in
+training the input's gradient, agree with float64.
 """
 
 from __future__ import annotations

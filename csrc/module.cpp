@@ -21,6 +21,10 @@ STABLE_TORCH_LIBRARY(lkconv, m) {
       "depthwise_conv2d_backward_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, SymInt[] "
       "stride, "
       "SymInt[] padding, SymInt[] dilation) -> Tensor");
+  // Stride 1 and "same" padding on slices of the channels, one per weight; without a weight it is copied.
+  m.def(
+      "segmented_depthwise_conv2d(Tensor input, Tensor?[] weights, Tensor?[] biases, SymInt[] splits) -> "
+      "Tensor");
   // (kernel (C*m, 1, *kernel_size), bias (C*m,)): the sum of all branches, tap u of branch b at offset + u
   // step. `offset` and `step` have two elements per weight; `scales` is empty or has one (C*m,) per weight.
   m.def(

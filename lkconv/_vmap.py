@@ -19,9 +19,9 @@ def rules(forward: Any, backward_input: Any, backward_weight: Any) -> tuple[Call
         input_dim, weight_dim, bias_dim = in_dims[:3]
         if weight_dim is None:
             output = (
-                _unfold(
+                unfold(
                     forward(
-                        _into_batch(input, input_dim),
+                        into_batch(input, input_dim),
                         weight,
                         None if bias_dim is not None else bias,
                         *geometry,
@@ -38,12 +38,12 @@ def rules(forward: Any, backward_input: Any, backward_weight: Any) -> tuple[Call
         size = info.batch_size
         folded_bias = None if bias is None else _batched(bias, bias_dim, size, 0).flatten()
         output = forward(
-            _into_channels(input, input_dim, size, 1),
-            _into_channels(weight, weight_dim, size, 0),
+            into_channels(input, input_dim, size, 1),
+            into_channels(weight, weight_dim, size, 0),
             folded_bias,
             *geometry,
         )
-        return _unfold(output, size, 1), 1
+        return unfold(output, size, 1), 1
 
     def vmap_backward_input(info, in_dims, grad_output, weight, input_size, *geometry):
         grad_dim, weight_dim = in_dims[:2]
@@ -51,26 +51,26 @@ def rules(forward: Any, backward_input: Any, backward_weight: Any) -> tuple[Call
         batch, channels, height, width = input_size
         if weight_dim is None:
             folded = backward_input(
-                _into_batch(grad_output, grad_dim), weight, (size * batch, channels, height, width), *geometry
+                into_batch(grad_output, grad_dim), weight, (size * batch, channels, height, width), *geometry
             )
-            return _unfold(folded, size, 0), 0
+            return unfold(folded, size, 0), 0
         folded = backward_input(
-            _into_channels(grad_output, grad_dim, size, 1),
-            _into_channels(weight, weight_dim, size, 0),
+            into_channels(grad_output, grad_dim, size, 1),
+            into_channels(weight, weight_dim, size, 0),
             (batch, size * channels, height, width),
             *geometry,
         )
-        return _unfold(folded, size, 1), 1
+        return unfold(folded, size, 1), 1
 
     def vmap_backward_weight(info, in_dims, grad_output, input, kernel_size, *geometry):
         size = info.batch_size
         folded = backward_weight(
-            _into_channels(grad_output, in_dims[0], size, 1),
-            _into_channels(input, in_dims[1], size, 1),
+            into_channels(grad_output, in_dims[0], size, 1),
+            into_channels(input, in_dims[1], size, 1),
             kernel_size,
             *geometry,
         )
-        return _unfold(folded, size, 0), 0
+        return unfold(folded, size, 0), 0
 
     return vmap_forward, vmap_backward_input, vmap_backward_weight
 
@@ -83,14 +83,14 @@ def _batched(tensor: Tensor, dim: int | None, size: Any, to: int) -> Tensor:
     return tensor.expand(*tensor.shape[:to], size, *tensor.shape[to + 1 :])
 
 
-def _into_batch(tensor: Tensor, dim: int) -> Tensor:
+def into_batch(tensor: Tensor, dim: int) -> Tensor:
     return tensor.movedim(dim, 0).flatten(0, 1)
 
 
-def _into_channels(tensor: Tensor, dim: int | None, size: Any, channel_dim: int) -> Tensor:
+def into_channels(tensor: Tensor, dim: int | None, size: Any, channel_dim: int) -> Tensor:
     """Sample b's channel c becomes channel ``b * C + c``."""
     return _batched(tensor, dim, size, channel_dim).flatten(channel_dim, channel_dim + 1)
 
 
-def _unfold(tensor: Tensor, size: Any, dim: int) -> Tensor:
+def unfold(tensor: Tensor, size: Any, dim: int) -> Tensor:
     return tensor.unflatten(dim, (size, tensor.shape[dim] // size))

@@ -150,6 +150,8 @@ def _cuda_lacks(family: str) -> str | None:
         return "the CUDA module has no Group-Mix kernels"
     if family == "normalised_branches" and not has_kernel("lkconv::normalised_branches", "CUDA"):
         return "the CUDA module has no kernels for sums of normalised branches"
+    if family == "segmented_depthwise_conv2d" and not has_kernel(f"lkconv::{family}", "CUDA"):
+        return "the CUDA module does not convolve slices of channels in place"
     return None
 
 
@@ -171,6 +173,7 @@ def _triton_declines(device: torch.device, dtype: torch.dtype) -> str | None:
 
 FAMILIES = {  # ops that a backend has or has not as a whole -> where their hooks are registered
     "depthwise_conv2d": "lkconv.ops",
+    "segmented_depthwise_conv2d": "lkconv.attention.segmented_registration",
     "group_mix": "lkconv.attention.registration",
     "normalised_branches": "lkconv.reparam.normalised_branches",
     "merge_depthwise_kernels": "lkconv.reparam.merge_depthwise_kernels",
@@ -263,7 +266,12 @@ def choose(device: torch.device, dtype: torch.dtype, family: str = "depthwise_co
 
 
 def choose_for(
-    choice: Choice, device: torch.device, dtype: torch.dtype, problem: Problem, channels_last: bool
+    choice: Choice,
+    device: torch.device,
+    dtype: torch.dtype,
+    problem: Problem,
+    channels_last: bool,
+    family: str = "depthwise_conv2d",
 ) -> Choice:
     """What computes one convolution, ``choice`` or, where that has no algorithm for it, the next backend.
 
@@ -272,7 +280,7 @@ def choose_for(
     if choice.name != "cuda" or torch.SymInt in map(type, (*problem[0], *problem[2])):
         return choice  # the others take every size
     refused = _no_cuda_plan(cuda_machine(device), dtype, problem, channels_last)
-    return choice if refused is None else _cached((request.name, device, dtype, "depthwise_conv2d", refused))
+    return choice if refused is None else _cached((request.name, device, dtype, family, refused))
 
 
 def namespace(device: torch.device, dtype: torch.dtype, family: str = "depthwise_conv2d") -> str | None:

@@ -27,7 +27,7 @@ from lkconv._validate import (
 from lkconv.backends import request
 from lkconv.ops import Ops, direct, ensure_sharding, forward_ad_active
 
-_PLAIN = (Tensor, Parameter)
+PLAIN = (Tensor, Parameter)
 _forward_on_cpu = direct(torch.ops.lkconv.depthwise_conv2d.default)
 
 
@@ -89,8 +89,8 @@ def _at_once(input: Any, weight: Any, bias: Any, padding: Any) -> bool:
     """
     return (
         type(input) is Tensor
-        and type(weight) in _PLAIN
-        and (bias is None or (type(bias) in _PLAIN and bias.is_cpu))
+        and type(weight) in PLAIN
+        and (bias is None or (type(bias) in PLAIN and bias.is_cpu))
         and input.is_cpu
         and weight.is_cpu
         and request.name is None
@@ -152,11 +152,18 @@ def _compiled(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Pai
 
 def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether these are ordinary tensors in plain eager mode: no subclass, transform, trace or autocast."""
+    return (
+        type(input) in PLAIN
+        and type(weight) in PLAIN
+        and (bias is None or type(bias) in PLAIN)
+        and in_plain_eager_mode()
+    )
+
+
+def in_plain_eager_mode() -> bool:
+    """Whether no transform, trace, mode or autocast sees the call, so that an op's hooks can be passed by."""
     return not (
-        type(input) not in _PLAIN
-        or type(weight) not in _PLAIN
-        or (bias is not None and type(bias) not in _PLAIN)
-        or torch._C._are_functorch_transforms_active()
+        torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_tracing()
         or torch._C._is_any_autocast_enabled()

@@ -91,10 +91,15 @@ def forward_ad_active() -> bool:
     return forward_ad._current_level >= 0
 
 
-def ensure_sharding(*args: Any) -> None:
-    """Teach DTensor the ops before the first call that holds one; costs next to nothing to others."""
+def holds_dtensor(*args: Any) -> bool:
+    """Whether any of the arguments is a DTensor; costs next to nothing where nobody uses them."""
     module = sys.modules.get("torch.distributed.tensor")
-    if module is not None and any(isinstance(a, module.DTensor) for a in args):
+    return module is not None and any(isinstance(a, module.DTensor) for a in args)
+
+
+def ensure_sharding(*args: Any) -> None:
+    """Teach DTensor the ops before the first call that holds one."""
+    if holds_dtensor(*args):
         from lkconv import _sharding
 
         for ops in _registered.values():
@@ -110,7 +115,7 @@ def _autograd_functions(forward: Any, backward_input: Any, backward_weight: Any)
     A gradient's formula gets the output's gradient, the other factor, its own shape and the geometry.
     """
 
-    convolve, gradient_of_input, gradient_of_weight = map(_caller, (forward, backward_input, backward_weight))
+    convolve, gradient_of_input, gradient_of_weight = map(caller, (forward, backward_input, backward_weight))
 
     def to_input(grad, weight, shape, geometry):
         return gradient_of_input(grad, weight, shape, *geometry)
@@ -140,7 +145,7 @@ def direct(op: Any) -> Callable:
     return getattr(op, "_op", op)
 
 
-def _caller(op: Any) -> Callable:
+def caller(op: Any) -> Callable:
     """The op, below autograd when nothing can be recorded: saves a trip through the autograd kernel."""
     function = direct(op)
 
@@ -162,7 +167,7 @@ def _bilinear_function(name: str, op: Any, grad_first: Callable, grad_second: Ca
     function = direct(op)
 
     def forward(ctx, first, second, third, stride, padding, dilation):
-        with _below_autograd():
+        with below_autograd():
             output = function(first, second, third, stride, padding, dilation)
         need_first, need_second = ctx.needs_input_grad[:2]
         if forward_ad_active():
@@ -215,22 +220,35 @@ def _below_functorch_level() -> Iterator[None]:
         yield
 
 
-def _below_autograd() -> Any:
+def below_autograd() -> Any:
     if torch._C._are_functorch_transforms_active():
         return _below_functorch_level()
     return torch._C._AutoDispatchBelowAutograd()
 
 
+def is_recorded(*tensors: Any) -> bool:
+    """Whether autograd has anything to record of a call with these tensors, some of which may be None."""
+    return forward_ad_active() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """Applies a single-level autograd function, under functorch's transforms as well."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    with enable_single_level_autograd_function():
+        return function.apply(*args)
+
+
+def redispatch(op: Any, keyset: Any, *args: Any) -> Any:
+    """The op from within its autograd kernel, which has nothing to record."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
 def _autograd_kernel(op: Any, function: Any) -> Callable:
     def kernel(keyset, *args):
         ensure_sharding(*args)
-        if forward_ad_active() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            if not torch._C._are_functorch_transforms_active():
-                return function.apply(*args)
-            with enable_single_level_autograd_function():
-                return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return apply(function, *args) if is_recorded(*args) else redispatch(op, keyset, *args)
 
     return kernel
 
@@ -246,19 +264,20 @@ def autocast_dtype(input: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
+def autocast_to(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
+    """As torch's own autocast: float64 and what is not floating-point stay as they are."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
+
+
 def _autocast_kernel(op: Any, device_type: str, key: str) -> Callable:
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        # As torch's own autocast: float64 and what is not floating-point stay as they are.
-        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-            return tensor
-        return tensor.to(dtype)
 
     def kernel(input, weight, bias, stride, padding, dilation):
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            args = (cast(t, dtype) for t in (input, weight, bias))
+            args = (autocast_to(dtype, t) for t in (input, weight, bias))
             return op(*args, stride, padding, dilation)
 
     return kernel

@@ -148,8 +148,12 @@ def segmented_depthwise_conv2d(
         splits = [
             input.shape[1] - sum(known) if w is None else n for w, n in zip(weights, known, strict=True)
         ]
+
+    def convolved(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return F.conv2d(x, w, b, padding=(w.shape[-2] // 2, w.shape[-1] // 2), groups=x.shape[1])
+
     out = [
-        x if w is None else F.conv2d(x, w, b, padding=(w.shape[-2] // 2, w.shape[-1] // 2), groups=x.shape[1])
-        for x, w, b in zip(input.split(list(splits), dim=1), weights, given, strict=True)
+        x if w is None or n == 0 else convolved(x, w, b)
+        for x, w, b, n in zip(input.split(list(splits), dim=1), weights, given, splits, strict=True)
     ]
     return torch.cat(out, dim=1)

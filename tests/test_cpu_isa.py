@@ -10,6 +10,7 @@ ISAS = ["baseline", "avx2", "avx512", "amx"]
 DEPTHWISE = "tests/test_cpu_depthwise_conv2d.py"
 LAYOUTS = "tests/test_cpu_layouts.py"
 IN_PLACE = "tests/test_cpu_in_place.py"
+SEGMENTED = "tests/test_group_mix_segmented.py"
 PER_CASE = 12  # passes times dtypes
 
 
@@ -83,3 +84,13 @@ def test_algorithms_where_the_planner_would_choose_another(algorithm, isa):
 def test_kernels_in_place_where_the_planner_would_choose_another(algorithm, layout):
     passed = run_pytest(IN_PLACE, "-k", f"test_{layout}", env={"LKCONV_ALGORITHM": algorithm})
     assert passed >= 9 * 3 * 11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", [isa for isa in usable_isas() if isa != "amx"])
+@pytest.mark.parametrize("algorithm", ["", "direct"])
+def test_segments_under_isa(algorithm, isa):
+    env = {"LKCONV_MAX_CPU_ISA": isa, "LKCONV_ALGORITHM": algorithm}
+    # The FFT is there for windows whose sums are too long for the limits of direct ones.
+    chosen = "(test_values or test_a_segment or test_input_layouts) and not large"
+    assert run_pytest(SEGMENTED, "-k", chosen, env=env) > 200

@@ -279,6 +279,23 @@ def test_non_finite_inputs_are_not_lost(pass_name: str, dtype_name: str) -> None
         assert (n, c) == (1, 1) or not result[n, c].any()
 
 
+@pytest.mark.parametrize("dtype_name", ("f64", "f32", "f16", "bf16"))
+@pytest.mark.parametrize("layout", ("nchw", "nhwc", "slice"))
+def test_segments_of_channels(layout: str, dtype_name: str, poisoned: None) -> None:
+    """Read from and written into slices: what one convolution of each slice gives, to the bit."""
+    dtype, splits, windows = TORCH_DTYPE[dtype_name], [13, 5, 8, 7], [None, (3, 3), (1, 11), (31, 31)]
+    x = place(torch.randn(2, sum(splits), 27, 26, device="cuda").to(dtype), layout)
+    weights = [
+        k and torch.randn(c, 1, *k, device="cuda").to(dtype) for c, k in zip(splits, windows, strict=True)
+    ]
+    y = torch.ops.lkconv.segmented_depthwise_conv2d(x, weights, [None] * 4, splits)
+    for got, piece, w in zip(y.split(splits, 1), x.split(splits, 1), weights, strict=True):
+        if w is not None:
+            padding = [w.shape[2] // 2, w.shape[3] // 2]
+            piece = torch.ops.lkconv.depthwise_conv2d(piece, w, None, [1, 1], padding, [1, 1])
+        assert torch.equal(got, piece)
+
+
 def test_more_than_2_31_elements() -> None:
     free, _ = torch.cuda.mem_get_info()
     if free < 20 << 30:

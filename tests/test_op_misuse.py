@@ -141,3 +141,64 @@ def test_misuse_is_an_exception(name, position, value, grad):
 def test_the_arguments_that_are_spoiled_are_right(name):
     y = getattr(OPS, name)(*RIGHT[name])
     assert y.isfinite().all()
+
+
+X6 = torch.randn(2, 6, 9, 8)
+SEGMENTS = (X6, [W[:3], None, W[3:5]], [B[:3], None, None], [3, 1, 2])
+NOT_SEGMENTS = {
+    "input 3-D": (0, X6[0]),
+    "input 5-D": (0, X6[None]),
+    "input of integers": (0, X6.int()),
+    "input in another dtype": (0, X6.bfloat16()),
+    "input sparse": (0, X6.to_sparse()),
+    "input None": (0, None),
+    "input of fewer channels": (0, X6[:, :5]),
+    "input of more channels": (0, X),
+    "input without rows": (0, X6[:, :, :0]),
+    "fewer weights": (1, [W[:3], None]),
+    "no weights": (1, []),
+    "a weight where there is none": (1, [W[:3], W[:2], W[3:5]]),
+    "a weight of fewer channels": (1, [W[:2], None, W[3:5]]),
+    "a weight of a multiple of the channels": (1, [W[:6], None, W[3:5]]),
+    "a weight of two input channels": (1, [W[:3].expand(3, 2, 3, 5), None, W[3:5]]),
+    "an even window": (1, [W[:3, :, :2], None, W[3:5]]),
+    "a window without columns": (1, [W[:3, ..., :0], None, W[3:5]]),
+    "a weight 3-D": (1, [W[:3, 0], None, W[3:5]]),
+    "a weight in float64": (1, [W[:3].double(), None, W[3:5]]),
+    "a weight that is a number": (1, [1.0, None, W[3:5]]),
+    "fewer biases": (2, [B[:3], None]),
+    "more biases": (2, [B[:3], None, None, None]),
+    "a bias of an identity": (2, [B[:3], B[:1], None]),
+    "a bias too short": (2, [B[:2], None, None]),
+    "a bias of two dimensions": (2, [B[:3, None], None, None]),
+    "a bias in float64": (2, [B[:3].double(), None, None]),
+    "fewer splits": (3, [3, 3]),
+    "more splits": (3, [3, 1, 2, 0]),
+    "no splits": (3, []),
+    "splits of another sum": (3, [3, 2, 2]),
+    "a negative split": (3, [3, -1, 4]),
+    "negative splits of the right sum": (3, [-1, 4, 3]),
+    "an enormous split": (3, [3, FAR, 2]),
+    "splits that wrap around": (3, [3, 2**63 - 1, 2]),
+    "splits of floats": (3, [3.0, 1.5, 1.5]),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("label", NOT_SEGMENTS)
+def test_misuse_of_segments_is_an_exception(label, layout, grad):
+    position, value = NOT_SEGMENTS[label]
+    arguments = list(SEGMENTS)
+    if layout == "channels_last":
+        arguments[0] = X6.to(memory_format=torch.channels_last)
+    arguments[position] = value
+    if grad and isinstance(arguments[0], torch.Tensor) and arguments[0].is_floating_point():
+        arguments[0] = arguments[0].detach().requires_grad_()
+    with pytest.raises((RuntimeError, TypeError, ValueError, NotImplementedError)) as info:
+        OPS.segmented_depthwise_conv2d(*arguments)
+    assert str(info.value)
+
+
+def test_the_segments_that_are_spoiled_are_right():
+    assert OPS.segmented_depthwise_conv2d(*SEGMENTS).isfinite().all()

@@ -19,10 +19,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+from lkconv.attention import segmented_registration  # noqa: E402
 from lkconv.ops import register_hooks  # noqa: E402
 
 kernels()
 register_hooks("lkconv_triton")
+segmented_registration.register_hooks("lkconv_triton")
 GEOMETRY = ((2, 1), (6, 6), (1, 1))
 
 
@@ -81,6 +83,24 @@ def test_traced_into_kernels(dynamic, channels_last):
     if dynamic:
         batch = x.shape[0].node.expr
         assert not environment.replacements.get(batch, batch).is_number, "the batch size was specialised"
+
+
+class Segments(torch.nn.Module):
+    def forward(self, x, w):
+        return (torch.ops.lkconv_triton.segmented_depthwise_conv2d(x, [w, None, w], [None] * 3, [16, 8, 16]),)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_segments_are_traced_into_kernels_that_write_slices(channels_last):
+    """A kernel for each window, an output of which nothing is put together, and no clone of the input."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    x, w = fake(mode, (6, 40, 32, 32), channels_last, True, "x"), fake(mode, (16, 1, 3, 3), False, False, "w")
+    graph, _ = aot_export_module(Segments(), (x, w), trace_joint=False)
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert sum("triton_kernel_wrapper" in target for target in targets) == 2
+    assert not [target for target in targets if "lkconv" in target or "aten.cat" in target]
+    calls = [node for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    assert {name for node in calls for name in node.kwargs["tensors_to_clone"]} == {"y"}
 
 
 def test_fake_outputs_have_the_memory_format_of_real_ones():

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import merge_cases
+from lkconv import reference, segmented_depthwise_conv2d, use_backend
+from lkconv._fake import memory_format
 from lkconv.ops import register_hooks
-from triton_support import Case, expected, kernels, make_inputs, only, relative_error, run_pass
+from triton_support import Case, expected, kernels, lay_out, make_inputs, only, relative_error, run_pass
 
 OPS = torch.ops.lkconv_triton
 SAME_7 = Case((2, 2, 10, 24), (7, 7), padding=(3, 3), bias=False)
@@ -284,6 +286,50 @@ def check_merged_convolution() -> None:
     assert "lkconv_triton::merge_depthwise_kernels_backward" in names
     for one, other in zip(got, run("torch")[0], strict=True):
         assert relative_error(one.detach(), other.detach()) < 1e-5
+
+
+def segments(dtype: torch.dtype = torch.float32) -> tuple:
+    """Arguments of ``segmented_depthwise_conv2d``: an identity between windows, an empty segment."""
+    windows = [(3, (3, 3)), (5, None), (4, (1, 7)), (0, (3, 3)), (2, (7, 1))]
+    splits = [channels for channels, _ in windows]
+    weights = [None if k is None else torch.randn(c, 1, *k, dtype=dtype) for c, k in windows]
+    biases = [torch.randn(3, dtype=dtype), None, None, None, torch.randn(2, dtype=dtype)]
+    return torch.randn(2, sum(splits), 9, 20, dtype=dtype), weights, biases, splits
+
+
+def check_segments() -> None:
+    """Slices of channels from and into wider tensors, in both layouts and by both algorithms."""
+    for layout in ("nchw", "nhwc", "sliced"):
+        x, *rest = segments()
+        x = lay_out(x, layout)
+        weights, biases, splits = rest
+        doubles = ([None if t is None else t.double() for t in ts] for ts in (weights, biases))
+        exact = reference.segmented_depthwise_conv2d(x.double(), *doubles, splits)
+        for algorithm in ("direct", "toeplitz"):
+            with only(algorithm):
+                y = OPS.segmented_depthwise_conv2d(x, *rest)
+            assert relative_error(y, exact) < 1e-6 and torch.equal(y[:, 3:8], x[:, 3:8])
+            assert y.is_contiguous(memory_format=memory_format(x))
+    x, *rest = segments()
+    assert OPS.segmented_depthwise_conv2d(x[:0], *rest).shape == (0, *x.shape[1:])
+
+
+def check_gradients_of_segments() -> None:
+    """Of the public function, which stays inside the operators of Triton, and opcheck."""
+    x, weights, biases, splits = segments(torch.float64)
+    leaves = [t.requires_grad_() for t in (x, *weights, *biases) if t is not None and t.numel()]
+    found, names = [], []
+    for backend in ("triton", "torch"):
+        with use_backend(backend), torch.profiler.profile() as profile:
+            y = segmented_depthwise_conv2d(x, weights, biases, splits)
+            found.append([y, *torch.autograd.grad(y.pow(3).sum(), leaves)])
+        names.append({e.name for e in profile.events() if e.name.startswith("lkconv")})
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one.detach(), other.detach()) < 1e-12
+    used = {"segmented_depthwise_conv2d", "depthwise_conv2d_backward_weight"}
+    assert names == [{f"lkconv_triton::{name}" for name in used}, set()]
+    with deterministic(False):
+        torch.library.opcheck(OPS.segmented_depthwise_conv2d.default, (x, weights, biases, splits))
 
 
 @contextmanager

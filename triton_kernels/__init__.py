@@ -1,10 +1,11 @@
 """Depthwise convolution and Group-Mix attention in Triton: operators in the namespace ``lkconv_triton``.
 
-The same schemas, memory formats and results as ``lkconv::depthwise_conv2d*`` and ``lkconv::group_mix_*``,
-for every GPU that Triton has a backend for. Autograd, autocast, vmap and sharding are put on by
-``lkconv.ops.register_hooks("lkconv_triton")``, the hooks of Group-Mix by
-``lkconv.attention.registration.register_hooks("lkconv_triton")``; the fake kernels of the fold of branches
-and of sums of normalised branches by the modules of those names in ``lkconv.reparam``.
+The same schemas, memory formats and results as ``lkconv::depthwise_conv2d*``,
+``lkconv::segmented_depthwise_conv2d`` and ``lkconv::group_mix_*``, for every GPU that Triton has a backend
+for. Autograd, autocast, vmap and sharding are put on by ``lkconv.ops.register_hooks("lkconv_triton")``, the
+hooks of convolutions on slices by ``lkconv.attention.segmented_registration``, those of Group-Mix by
+``lkconv.attention.registration``; the fake kernels of the fold of branches and of sums of normalised branches
+by the modules of those names in ``lkconv.reparam``.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ MERGE_SCHEMAS = {
         " SymInt[] offset, SymInt[] step) -> (Tensor[], Tensor[], Tensor[])"
     ),
 }
+SEGMENTED = "segmented_depthwise_conv2d"  # schema: csrc/module.cpp
 GROUP_MIX = (  # schemas: csrc/cpu/group_mix_ops.cpp
     "group_mix_aggregate",
     "group_mix_mix",
@@ -80,6 +82,7 @@ def _register() -> bool:
     from . import depthwise_conv2d as ops
     from . import group_mix, normalised_branches, plain
     from . import merge_depthwise_kernels as merge_ops
+    from . import segmented_depthwise_conv2d as segmented
     from .faults import guarded
     from .launch import interpreting
 
@@ -88,6 +91,9 @@ def _register() -> bool:
     for name, schema in SCHEMAS.items():
         function = guarded(name, "depthwise_conv2d", getattr(ops, name), getattr(plain, name))
         define(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=schema)
+    name = SEGMENTED
+    function = guarded(name, name, getattr(segmented, name), getattr(plain, name))
+    define(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=_declared(name))
     # Their kernels take tuples of tensors, which a trace would lose: opaque to torch.compile.
     for name, schema in MERGE_SCHEMAS.items():
         function = guarded(name, "merge_depthwise_kernels", getattr(merge_ops, name), getattr(plain, name))

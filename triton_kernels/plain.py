@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lkconv import reference, reference_merge
+from lkconv import reference, reference_group_mix, reference_merge
 from lkconv._fake import memory_format
 
 
@@ -55,6 +55,13 @@ def _backward(grad_output, input, weight, stride, padding, dilation, which):
     groups = input.size(1)
     geometry = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
     return torch.ops.aten.convolution_backward(grad_output, input, weight, None, *geometry, wanted)
+
+
+def segmented_depthwise_conv2d(
+    input: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None], splits: Sequence[int]
+) -> Tensor:
+    output = reference_group_mix.segmented_depthwise_conv2d(input, weights, biases, splits)
+    return output.contiguous(memory_format=memory_format(input))
 
 
 def merge_depthwise_kernels(*args):

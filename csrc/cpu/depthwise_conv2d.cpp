@@ -10,13 +10,6 @@
 namespace lkconv::cpu {
 namespace {
 
-constexpr double kCyclesPerThread = 20000;  // less work than this is not worth waking a thread for
-
-int64_t grain_for(int64_t tasks, double cycles) {
-  const double threads = std::max(1.0, cycles / kCyclesPerThread);
-  return std::max<int64_t>(1, int64_t(double(tasks) / threads));
-}
-
 // Forward problems whose caller cannot fall back to PyTorch.
 Switches own_kernels_only() {
   Switches s = switches_from_environment();
@@ -24,30 +17,26 @@ Switches own_kernels_only() {
   return s;
 }
 
-void run_planar(const PlanarProblem& p, const Plan& plan, const ParallelFor& parallel) {
+void run_planar_tasks(const PlanarProblem& p, const Plan& plan, int64_t task0, int64_t task1) {
+  const Kernels& k = *kernels_for(plan.isa);
+  (plan.in_place ? k.forward_pixels : k.forward_planar)(p, plan, task0, task1);
+}
+
+// The stride phases of a planar backward_input.
+void run_phases(const PlanarProblem& p, const Plan& plan, const ParallelFor& parallel) {
   const ForwardProblem& f = p.phases[0];
   if (f.batch == 0 || f.channels == 0) return;
-  const Kernels& k = *kernels_for(plan.isa);
-  const int64_t tasks = f.batch * f.channels * ceil_div(f.out_height, plan.tile_h);
-  parallel(tasks, grain_for(tasks, plan.cycles * double(p.phases_h * p.phases_w)), [&](int64_t a, int64_t b) {
-    (plan.in_place ? k.forward_pixels : k.forward_planar)(p, plan, a, b);
-  });
+  const int64_t tasks = forward_tasks(f, plan);
+  parallel(tasks, grain_for(tasks, plan.cycles * double(p.phases_h * p.phases_w)),
+           [&](int64_t a, int64_t b) { run_planar_tasks(p, plan, a, b); });
 }
 
 void run_forward(const ForwardProblem& p, const Machine& m, const ParallelFor& parallel) {
   if (p.batch == 0 || p.channels == 0 || p.out_height == 0 || p.out_width == 0) return;
-  const DType dtype = p.input.dtype;
-  const Plan plan = choose_depthwise_conv2d(Pass::forward, p, p.reduce, dtype, m, own_kernels_only());
-  if (plan.algorithm == Algorithm::planar) return run_planar({&p, 1, 1}, plan, parallel);
-  const Kernels& k = *kernels_for(plan.isa);
-  const auto kernel = plan.algorithm == Algorithm::toeplitz ? k.forward_toeplitz
-                      : plan.algorithm == Algorithm::fft    ? k.forward_fft
-                      : dtype == DType::f64                 ? k.forward_direct_f64
-                                                            : k.forward_direct_f32;
-  const int64_t tasks = ceil_div(channel_groups(p.channels, plan), plan.span) *
-                        ceil_div(p.batch, plan.images) * ceil_div(p.out_height, plan.tile_h) *
-                        ceil_div(p.out_width, plan.tile_w);
-  parallel(tasks, grain_for(tasks, plan.cycles), [&](int64_t a, int64_t b) { kernel(p, plan, a, b); });
+  const Plan plan = plan_forward(p, m);
+  const int64_t tasks = forward_tasks(p, plan);
+  parallel(tasks, grain_for(tasks, plan.cycles),
+           [&](int64_t a, int64_t b) { run_forward_tasks(p, plan, a, b); });
 }
 
 template <class T>
@@ -72,6 +61,33 @@ void run_weight(const WeightProblem& p, const Plan& plan, Kernel kernel, Reduce 
 
 }  // namespace
 
+constexpr double kCyclesPerThread = 20000;  // less work than this is not worth waking a thread for
+
+int64_t grain_for(int64_t tasks, double cycles) {
+  const double threads = std::max(1.0, cycles / kCyclesPerThread);
+  return std::max<int64_t>(1, int64_t(double(tasks) / threads));
+}
+
+Plan plan_forward(const ForwardProblem& p, const Machine& m) {
+  return choose_depthwise_conv2d(Pass::forward, p, p.reduce, p.input.dtype, m, own_kernels_only());
+}
+
+int64_t forward_tasks(const ForwardProblem& p, const Plan& plan) {
+  if (plan.algorithm == Algorithm::planar) return p.batch * p.channels * ceil_div(p.out_height, plan.tile_h);
+  return ceil_div(channel_groups(p.channels, plan), plan.span) * ceil_div(p.batch, plan.images) *
+         ceil_div(p.out_height, plan.tile_h) * ceil_div(p.out_width, plan.tile_w);
+}
+
+void run_forward_tasks(const ForwardProblem& p, const Plan& plan, int64_t task0, int64_t task1) {
+  if (plan.algorithm == Algorithm::planar) return run_planar_tasks({&p, 1, 1}, plan, task0, task1);
+  const Kernels& k = *kernels_for(plan.isa);
+  const auto kernel = plan.algorithm == Algorithm::toeplitz ? k.forward_toeplitz
+                      : plan.algorithm == Algorithm::fft    ? k.forward_fft
+                      : p.input.dtype == DType::f64         ? k.forward_direct_f64
+                                                            : k.forward_direct_f32;
+  kernel(p, plan, task0, task1);
+}
+
 bool adjacent_channels(const ConvParams& p, const TensorView& a, const TensorView& b) {
   return a.stride_c == 1 && b.stride_c == 1 && p.multiplier == 1;
 }
@@ -94,14 +110,19 @@ bool prefers_aten(const ConvParams& p, Pass pass, const TensorView& from, const 
          Algorithm::aten;
 }
 
-void depthwise_conv2d(const ConvParams& p, const TensorView& input, const TensorView& weight,
-                      const TensorView& bias, const TensorView& output, const Machine& m,
-                      const ParallelFor& parallel) {
+ForwardProblem forward_between(const ConvParams& p, const TensorView& input, const TensorView& weight,
+                               const TensorView& bias, const TensorView& output) {
   ForwardProblem f = forward_problem(p);
   f.input = input, f.weight = weight, f.bias = bias, f.output = output;
   f.adjacent = adjacent_channels(p, input, output);
   f.rows = contiguous_rows(input, output);
-  run_forward(f, m, parallel);
+  return f;
+}
+
+void depthwise_conv2d(const ConvParams& p, const TensorView& input, const TensorView& weight,
+                      const TensorView& bias, const TensorView& output, const Machine& m,
+                      const ParallelFor& parallel) {
+  run_forward(forward_between(p, input, weight, bias, output), m, parallel);
 }
 
 void depthwise_conv2d_backward_input(const ConvParams& p, const TensorView& grad_output,
@@ -118,7 +139,7 @@ void depthwise_conv2d_backward_input(const ConvParams& p, const TensorView& grad
         choose_depthwise_conv2d(Pass::backward_input, f, f.reduce, grad_output.dtype, m, own_kernels_only());
     if (plan.algorithm == Algorithm::planar) {
       const int64_t phases_w = std::min(p.stride_w, p.width);
-      return run_planar({phases.data(), int64_t(phases.size()) / phases_w, phases_w}, plan, parallel);
+      return run_phases({phases.data(), int64_t(phases.size()) / phases_w, phases_w}, plan, parallel);
     }
     for (ForwardProblem& phase : phases) phase.rows = false;  // each writes every stride-th pixel
   }

@@ -22,6 +22,16 @@ void depthwise_conv2d_backward_weight(const ConvParams& p, const TensorView& gra
                                       const TensorView& input, const TensorView& grad_weight,
                                       const Machine& m, const ParallelFor& parallel);
 
+// The forward pass in parts, for callers that share threads among several of them: the problem on views, its
+// plan, and the tasks of that plan, to be run in any order.
+ForwardProblem forward_between(const ConvParams& p, const TensorView& input, const TensorView& weight,
+                               const TensorView& bias, const TensorView& output);
+Plan plan_forward(const ForwardProblem& p, const Machine& m);
+int64_t forward_tasks(const ForwardProblem& p, const Plan& plan);
+void run_forward_tasks(const ForwardProblem& p, const Plan& plan, int64_t task0, int64_t task1);
+// How many of `tasks`, which take so many cycles together, are worth waking a thread for.
+int64_t grain_for(int64_t tasks, double cycles);
+
 // Whether neighbouring pixels of a row are neighbours in memory in both tensors (contiguous).
 bool contiguous_rows(const TensorView& a, const TensorView& b);
 // Whether neighbouring channels are neighbours in memory in both tensors (channels_last).

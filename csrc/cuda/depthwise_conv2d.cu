@@ -19,13 +19,6 @@ namespace {
 
 std::atomic<const std::function<bool()>*> tf32_query{nullptr};
 
-Switches switches_for(DType dtype) {
-  Switches s = switches_from_environment();
-  const std::function<bool()>* query = tf32_query.load();
-  s.tf32 = dtype == DType::f32 && s.toeplitz && query && (*query)();
-  return s;
-}
-
 Tensor op_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                   const std::vector<int64_t>& dilation) {
@@ -76,6 +69,13 @@ std::vector<KernelName> all_kernels() {
 void set_tf32_query(std::function<bool()> query) {
   // Never freed: another thread may be asking.
   tf32_query.store(new std::function<bool()>(std::move(query)));
+}
+
+Switches switches_for(DType dtype) {
+  Switches s = switches_from_environment();
+  const std::function<bool()>* query = tf32_query.load();
+  s.tf32 = dtype == DType::f32 && s.toeplitz && query && (*query)();
+  return s;
 }
 
 Switches switches_from_environment() {

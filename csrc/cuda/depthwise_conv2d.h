@@ -13,6 +13,8 @@ namespace lkconv::cuda {
 void set_tf32_query(std::function<bool()> query);
 
 Switches switches_from_environment();
+// Those of the environment, and whether a convolution of this dtype may use tf32 now.
+Switches switches_for(DType dtype);
 
 struct KernelResources {
   std::string name;

@@ -19,7 +19,7 @@ ORDERS = ("forward", "reverse", "random")
 
 @dataclasses.dataclass(frozen=True)
 class Case(shared.Case):
-    """A convolution, and how its tensors lie in memory: nchw, nhwc, slice (of a wider tensor) or expand."""
+    """A convolution, and how its tensors lie in memory: nchw, nhwc, expand, or slices of wider ones."""
 
     layout: str = "nchw"
 
@@ -84,6 +84,9 @@ GPU_TILES = (
     Case((2, 6, 12, 12), (3, 3), (1, 1), stride=(2, 2), layout="nhwc"),
     same((0, 6, 12, 12), (13, 13), "nhwc"),
     same((2, 3, 13, 15), (9, 9), "slice"),
+    same((2, 4, 10, 24), (3, 3), "slice"),
+    same((2, 20, 9, 11), (7, 7), "nhwc_slice"),
+    same((3, 12, 10, 16), (1, 11), "nhwc_slice"),
     same((2, 3, 10, 24), (7, 13), "expand"),
 )
 CASES = (*map(placed, shared.CORE), *GPU_TILES)

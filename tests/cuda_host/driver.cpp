@@ -2,8 +2,8 @@
 // in float64. Each line of standard input is one case of key=value words; each answer is one line of JSON.
 //   pass=forward|backward_input|backward_weight dtype=f64|f32|tf32|f16|bf16 algorithm=auto|direct|toeplitz
 //   size=N,C,H,W multiplier=m kernel=kh,kw stride=sh,sw padding=ph,pw dilation=dh,dw
-//   layout=nchw|nhwc|slice|expand|far_images|far_planes|far_rows|far_pixels order=forward|reverse|random
-//   bias=0|1 sms=... shared=... seed=...
+//   layout=nchw|nhwc|slice|nhwc_slice|expand|far_images|far_planes|far_rows|far_pixels
+//   order=forward|reverse|random bias=0|1 sms=... shared=... seed=...
 //   nonfinite=0|1: a NaN in the pass's first tensor of pixels, an infinity in its last
 #include <sys/mman.h>
 
@@ -64,6 +64,7 @@ int64_t far_stride(int64_t count) {
 struct Tensor {
   int64_t n, c, h, w;
   TensorView view{};
+  size_t bytes = 0;  // of dense memory
   Memory memory;
 
   Tensor(int64_t n_, int64_t c_, int64_t h_, int64_t w_, DType dtype, const std::string& layout)
@@ -80,13 +81,18 @@ struct Tensor {
       const int64_t row = w + 3, plane = (h + 1) * row, image = (c + 2) * plane;
       view.stride_n = image, view.stride_c = plane, view.stride_h = row, view.stride_w = 1;
       offset = 1, elements = n ? (n - 1) * image + (c - 1) * plane + (h - 1) * row + w + offset : 0;
+    } else if (layout == "nhwc_slice") {  // some channels of a wider channels_last tensor, at an odd offset
+      const int64_t pixel = c + 4;
+      view.stride_n = h * w * pixel, view.stride_c = 1, view.stride_h = w * pixel, view.stride_w = pixel;
+      offset = 3, elements = n * h * w * pixel;
     } else if (layout == "expand") {  // one plane for all images and channels
       view.stride_n = view.stride_c = 0, view.stride_h = w, view.stride_w = 1;
       elements = h * w;
     } else {
       view.stride_n = c * h * w, view.stride_c = h * w, view.stride_h = w, view.stride_w = 1;
     }
-    memory = dense_memory(size_t(elements * dtype_size(dtype)));
+    bytes = size_t(elements * dtype_size(dtype));
+    memory = dense_memory(bytes);
     view.data = memory.get() + offset * dtype_size(dtype);
   }
 
@@ -123,6 +129,18 @@ struct Tensor {
           for (int64_t x = 0; x < w; ++x) visit(i, j, y, x);
   }
   bool empty() const { return n * c * h * w == 0; }
+  // Whether what lies between the elements is as it was made.
+  bool gaps_untouched() const {
+    if (bytes == 0) return true;
+    std::vector<bool> own(bytes);
+    each([&](int64_t i, int64_t j, int64_t y, int64_t x) {
+      const ptrdiff_t first = at(i, j, y, x) - memory.get();
+      std::fill_n(own.begin() + first, dtype_size(view.dtype), true);
+    });
+    for (size_t i = 0; i < bytes; ++i)
+      if (!own[i] && memory.get()[i] != 0xff) return false;
+    return true;
+  }
   void fill(std::mt19937_64& random) {
     std::normal_distribution<double> normal;
     each([&](int64_t i, int64_t j, int64_t y, int64_t x) {
@@ -260,8 +278,7 @@ std::string run_case(Words& words) {
   const DType dtype = dtype_named(dtype_name);
   std::mt19937_64 random(std::stoull(words["seed"]));
   const bool forward = pass == "forward", to_input = pass == "backward_input";
-  // An output is never an expanded or sliced tensor: the op allocates it.
-  const std::string out_layout = layout == "slice" || layout == "expand" ? "nchw" : layout;
+  const std::string out_layout = layout == "expand" ? "nchw" : layout;  // what is written is never expanded
   Tensor x(p.batch, p.channels, p.height, p.width, dtype, to_input ? out_layout : layout);
   Tensor w(p.out_channels(), 1, p.kernel_h, p.kernel_w, dtype, "nchw");
   Tensor g(p.batch, p.out_channels(), p.out_height, p.out_width, dtype, forward ? out_layout : layout);
@@ -307,6 +324,7 @@ std::string run_case(Words& words) {
     problem.input = x.view, problem.grad_output = g.view, problem.grad_weight = w.view;
     run_weight(e, problem, s);
   }
+  if (!out.gaps_untouched()) throw std::runtime_error("a kernel wrote between the elements of its output");
   const Difference d = compare(out, reference);
   const shim::Counts& c = shim::counts();
   uint64_t hash = 1469598103934665603ull;

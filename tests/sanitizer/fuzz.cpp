@@ -216,11 +216,16 @@ int main(int argc, char** argv) {
   if (argc == 2 && !std::strcmp(argv[1], "far")) return run_far();
   if (argc == 4) {
     const auto is = [&](const char* name) { return !std::strcmp(argv[1], name); };
-    const auto mode = is("merge") ? fuzz::run_merges : is("branches") ? fuzz::run_branches : fuzz::run_sums;
+    const auto mode = is("merge")      ? fuzz::run_merges
+                      : is("branches") ? fuzz::run_branches
+                      : is("segments") ? fuzz::run_segments
+                                       : fuzz::run_sums;
     return mode(std::strtoull(argv[2], nullptr, 10), std::strtoull(argv[3], nullptr, 10));
   }
   if (argc != 3)
-    return std::fprintf(stderr, "usage: fuzz [merge | sum | branches] <first seed> <count> | fuzz far\n"), 2;
+    return std::fprintf(stderr,
+                        "usage: fuzz [merge | sum | branches | segments] <first seed> <count> | fuzz far\n"),
+           2;
   const uint64_t first = std::strtoull(argv[1], nullptr, 10), count = std::strtoull(argv[2], nullptr, 10);
   int failures = 0;
   for (uint64_t seed = first; seed < first + count; ++seed) {

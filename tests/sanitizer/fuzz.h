@@ -25,6 +25,8 @@ int run_merges(uint64_t first, uint64_t count);
 int run_sums(uint64_t first, uint64_t count);
 // branches.cpp: random sums of normalised branches and their gradients.
 int run_branches(uint64_t first, uint64_t count);
+// segments.cpp: random convolutions of slices of the channels.
+int run_segments(uint64_t first, uint64_t count);
 
 constexpr unsigned char kPattern = 0xa5;
 

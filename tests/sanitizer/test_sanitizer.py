@@ -34,6 +34,7 @@ PROCESSES = 2
 CONVOLUTIONS = 1500  # per process
 MERGES = 2000
 BRANCHES = 300
+SEGMENTS = 600
 
 pytestmark = pytest.mark.slow
 
@@ -112,6 +113,10 @@ def test_random_scaled_sums(fuzz):
 
 def test_random_sums_of_branches(fuzz):
     assert f"{BRANCHES} sums of branches, 0 failures" in execute(fuzz, "branches", 1, BRANCHES)
+
+
+def test_random_segments(fuzz):
+    assert f"{SEGMENTS} outputs of segments, 0 failures" in execute(fuzz, "segments", 1, SEGMENTS)
 
 
 def test_tensors_wider_than_31_bits(fuzz):
