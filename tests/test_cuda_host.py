@@ -205,6 +205,16 @@ def test_enormous_kernels(driver: Path, pass_name: str) -> None:
         assert not wrong(result, dtype, case.taps)
 
 
+@pytest.mark.parametrize("dtype", ("f64", "bf16"))
+@pytest.mark.parametrize("pass_name", PASSES)
+def test_what_fits_no_kernel_is_refused(driver: Path, pass_name: str, dtype: str) -> None:
+    """A window far wider than shared memory: the op leaves the call to PyTorch."""
+    case = Case((1, 1, 2, 12000), (1, 3), (0, 9000), dilation=(1, 9000))
+    line = line_of(case, pass_name, dtype, "auto", "forward", shared=49152)
+    (result,) = run(driver, [line])
+    assert not result["ok"] and "of shared memory" in result["error"]
+
+
 # A kernel with one thing broken, and a job that must notice: file, text, replacement, job.
 TOEPLITZ = (same((3, 1, 40, 40), (7, 7)), "bf16", "toeplitz")
 MUTANTS = {
@@ -321,6 +331,14 @@ MUTANTS = {
         "p.grad_walk);\n    sync_block();",
         "p.grad_walk);",
         (TOEPLITZ[0], "backward_weight", *TOEPLITZ[1:]),
+    ),
+    "toeplitz weight: the next tile takes a table in use": (
+        "toeplitz_weight.cuh",
+        "sync_block();  // the next tile overwrites the table, and this stage after it",
+        "",
+        # 15 steps of depth for 4 warps: the one with fewer is early with the table of the next tile, which
+        # has one image instead of six.
+        (same((7, 4, 40, 40), (7, 7)), "backward_weight", *TOEPLITZ[1:]),
     ),
     "reduce_splits: only the last partial sum": (
         "direct_weight.cuh",
