@@ -168,6 +168,16 @@ def columns(g: Geometry, x0: int, n_tiles: int, depth: int) -> Columns:
     return Columns(k_tiles, sum(n > 0 for n in on_band), sum(on_band))
 
 
+def outside_rows(g: Geometry, plan: dict) -> int:
+    """Rows of zeros above and below an image in the Toeplitz forward kernel's window."""
+    _, images, tile_h, _ = plan["tile"]
+    m_tiles = plan["kernel"][0]
+    rows = m_tiles if plan["image_major"] else min(tile_h, m_tiles * MMA_ROWS) if images == 1 else tile_h
+    apart = (rows - 1) * g.stride[0]
+    last = (g.out[0] - 1) * g.stride[0] - g.padding[0] + (g.kernel[0] - 1) * g.dilation[0]
+    return min(max(g.padding[0], 0), apart) + min(max(last - (g.height - 1), 0), apart)
+
+
 def forward_row_steps(g: Geometry, y0: int, rows: int, images: int, m_tiles: int, image_major: bool) -> int:
     """Kernel rows run by all warps of a block over one tile."""
     tiles = ceil_div(images * rows, MMA_ROWS)

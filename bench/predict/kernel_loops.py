@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .sass import Instruction, Loop, enclosing, exclusive, find, longest_path, loops, products
+from .sass import Instruction, Loop, enclosed, enclosing, exclusive, find, longest_path, loops, products
 
 Code = dict[str, tuple[Instruction, ...]]
 
@@ -92,6 +92,24 @@ def tile_loop(found: list[Loop]) -> Loop:
     return find(found, "tiles", lambda x: x.depth == 1 and x.start <= hot.start <= x.end, len_of)
 
 
+def tile_levels(found: list[Loop]) -> list[Loop]:
+    """The loop over tiles and those inside it that bring in windows: each runs once a tile, but for channel
+    multipliers and enormous kernels."""
+    levels, hot = [tile_loop(found)], products(found)
+    while inner := next((x for x in children(levels[-1], found) if encloses_copies(x, hot, found)), None):
+        levels.append(inner)
+    return levels
+
+
+def encloses_copies(x: Loop, hot: Loop, found: list[Loop]) -> bool:
+    return enclosed(hot, x) and any(is_copy(y) and enclosed(y, x) for y in found)
+
+
+def tile_code(found: list[Loop], widths: Widths) -> list[Instruction]:
+    """What a warp executes for a tile outside inner loops, at most."""
+    return [i for level in tile_levels(found) for i in once(level, found, widths)]
+
+
 def band(found: list[Loop]) -> Loop:
     """The Toeplitz forward kernel's construction of the band: the last of its prologue's loads."""
     before = [x for x in found if x.end < tile_loop(found).start and x.innermost]
@@ -136,7 +154,7 @@ def moves(code: Code, kernel: str) -> Moves:
         copied=copied,
         band=len(built.body) / built.count("LDG") if built else None,
         row=row,
-        tile=len(once(tile_loop(found), found, whole)),
+        tile=len(tile_code(found, whole)),
         block=len(prologue(code[kernel], found, whole)),
     )
 

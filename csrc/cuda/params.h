@@ -117,16 +117,17 @@ struct ToeplitzForwardParams {
   int tiles_per_block, blocks_per_channel;
   int image_major;  // M runs over images first (rows of one M tile share y), else over y first
   int store_pairs;  // neighbouring columns of the output may be stored as one: rows are even and aligned
-  int input_rows;   // most rows of a window
-  int window_cols;  // most columns of a window
+  int input_rows;   // most rows of a window that lie in the image
+  int rows_above, rows_below;  // rows of zeros beside them
+  int window_cols;             // most columns of a window
   int row_pitch, image_pitch;
   WindowWalk walk;
-  int band_pitch;                              // elements of one padded kernel row
-  int zero_offset, stage_offset, stage_bytes;  // shared memory, in bytes
+  int band_pitch;                 // elements of one padded kernel row
+  int stage_offset, stage_bytes;  // shared memory, in bytes
   LaunchDivisor by_tiles_x, by_blocks_per_channel, by_tiles_y, by_reduce, by_channel_div, by_dil_h;
-  LaunchDivisor by_images, by_rows,
-      by_last_rows;        // tile_images; rows of a tile, and of the last one of an image
-  LaunchDivisor by_warps;  // of a block
+  LaunchDivisor by_fast,
+      by_last_fast;  // what M runs over first: images, or rows of a tile and of the last one
+  LaunchDivisor by_outside, by_warps;  // rows of zeros of an image; warps of a block
 };
 
 constexpr int kToeplitzWeightThreads = 512;

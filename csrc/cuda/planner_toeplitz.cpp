@@ -41,17 +41,29 @@ struct ForwardTile {
   bool image_major;
 };
 
-int64_t lay_out(ToeplitzForwardParams& p, const ForwardTile& t, const ForwardProblem& f, DType dtype) {
+// Rows of zeros above and below the image: a warp runs the kernel rows that any of its output rows needs.
+void lay_out_zeros(ToeplitzForwardParams& p, const ForwardTile& t, const ForwardProblem& f, int64_t m_tiles) {
+  const int64_t rows = t.image_major ? m_tiles : t.images == 1 ? std::min(t.h, m_tiles * kTileRows) : t.h;
+  const int64_t apart = (rows - 1) * f.stride_h;
+  const int64_t beyond =
+      (f.out_height - 1) * f.stride_h - f.pad_h + (f.kernel_h - 1) * f.dil_h - (f.height - 1);
+  p.rows_above = int(std::clamp<int64_t>(f.pad_h, 0, apart));
+  p.rows_below = int(std::clamp<int64_t>(beyond, 0, apart));
+}
+
+int64_t lay_out(ToeplitzForwardParams& p, const ForwardTile& t, const ForwardProblem& f, DType dtype,
+                int64_t m_tiles) {
   const int64_t size = dtype_size(dtype);
+  lay_out_zeros(p, t, f, m_tiles);
   p.tile_images = int(t.images), p.tile_h = int(t.h), p.image_major = t.image_major;
   p.input_rows = int(std::min(f.height, (t.h - 1) * f.stride_h + (f.kernel_h - 1) * f.dil_h + 1));
   p.row_pitch = int(conflict_free_bytes(p.window_cols * size) / size);
-  p.image_pitch = int(conflict_free_bytes(int64_t(p.input_rows) * p.row_pitch * size) / size);
+  const int64_t rows = int64_t(p.rows_above) + p.input_rows + p.rows_below;
+  p.image_pitch = int(conflict_free_bytes(rows * p.row_pitch * size) / size);
   p.band_pitch = int(round_up((f.kernel_w - 1) * f.dil_w + 2 * kBandLead + 2, 8));
   const int64_t copies = dtype == DType::f32 ? 1 : 2;
   const int64_t band = f.reduce * f.kernel_h * p.band_pitch * copies + 2 * kBandGuard;
-  p.zero_offset = int(round_up(band * size, 16));
-  p.stage_offset = int(p.zero_offset + round_up(p.window_cols * size, 16));
+  p.stage_offset = int(round_up(band * size, 16));
   p.stage_bytes = int(t.images * p.image_pitch * size);
   return p.stage_offset + 2 * int64_t(p.stage_bytes);
 }
@@ -112,8 +124,8 @@ ForwardCost forward_cost(const ForwardProblem& f, const ForwardTile& t, DType dt
 }
 
 ForwardTile fit(ToeplitzForwardParams& p, ForwardTile t, const ForwardProblem& f, DType dtype,
-                int64_t budget) {
-  while (lay_out(p, t, f, dtype) > budget) {
+                int64_t m_tiles, int64_t budget) {
+  while (lay_out(p, t, f, dtype, m_tiles) > budget) {
     if (t.images > (t.image_major ? kTileRows : 1))
       t.images = ceil_div(t.images, 2);
     else if (t.h > 1)
@@ -128,8 +140,10 @@ void fill_divisors(ToeplitzForwardParams& p, int threads) {
   p.by_tiles_x = divisor_of(p.tiles_x), p.by_blocks_per_channel = divisor_of(p.blocks_per_channel);
   p.by_tiles_y = divisor_of(p.tiles_y), p.by_reduce = divisor_of(p.reduce);
   p.by_channel_div = divisor_of(p.channel_div), p.by_dil_h = divisor_of(p.dil_h);
-  p.by_images = divisor_of(p.tile_images), p.by_rows = divisor_of(p.tile_h);
-  p.by_last_rows = divisor_of(p.out_height - (p.tiles_y - 1) * p.tile_h);
+  const int last_rows = p.out_height - (p.tiles_y - 1) * p.tile_h;
+  p.by_fast = divisor_of(p.image_major ? p.tile_images : p.tile_h);
+  p.by_last_fast = divisor_of(p.image_major ? p.tile_images : last_rows);
+  p.by_outside = divisor_of(std::max(1, p.rows_above + p.rows_below));
   p.by_warps = divisor_of(threads / kWarpSize);
 }
 
@@ -170,9 +184,11 @@ Candidate<ForwardPlan> plan_toeplitz_forward(const ForwardProblem& f, DType dtyp
   ForwardCost cost{};
   for (const ForwardTile& start : {by_rows, by_images}) {
     if (start.image_major && f.batch < kTileRows * 3 / 4) continue;
-    ForwardTile t = fit(p, start, f, dtype, std::min(m.shared_per_block, m.shared_per_sm / 2 - 1024));
-    if (lay_out(p, t, f, dtype) > m.shared_per_block) t = fit(p, start, f, dtype, m.shared_per_block);
-    if (lay_out(p, t, f, dtype) > m.shared_per_block) continue;
+    ForwardTile t =
+        fit(p, start, f, dtype, m_tiles, std::min(m.shared_per_block, m.shared_per_sm / 2 - 1024));
+    if (lay_out(p, t, f, dtype, m_tiles) > m.shared_per_block)
+      t = fit(p, start, f, dtype, m_tiles, m.shared_per_block);
+    if (lay_out(p, t, f, dtype, m_tiles) > m.shared_per_block) continue;
     const ForwardCost now = forward_cost(f, t, dtype, m_tiles, n_tiles, vector_bytes(input, plan.pack_input));
     if (chosen.images == 0 || now.cycles < cost.cycles) chosen = t, cost = now;
   }
@@ -181,7 +197,7 @@ Candidate<ForwardPlan> plan_toeplitz_forward(const ForwardProblem& f, DType dtyp
                " bytes of shared memory";
     return c;
   }
-  plan.launch.shared_bytes = lay_out(p, chosen, f, dtype);
+  plan.launch.shared_bytes = lay_out(p, chosen, f, dtype, m_tiles);
   plan.m_tiles = int(m_tiles), plan.n_tiles = int(n_tiles);
   p.tiles_n = int(ceil_div(f.batch, chosen.images)), p.tiles_y = int(ceil_div(f.out_height, chosen.h));
   // A block walks over several tiles of its channel, so that copies overlap products, as long as every SM
