@@ -101,10 +101,11 @@ struct ReduceSplitsParams {
 
 // ---- toeplitz ----
 
-constexpr int kTileRows = 16;   // M of one mma
-constexpr int kTileCols = 8;    // N of one mma
-constexpr int kBandGuard = 32;  // elements around all kernel rows, where unused fragments are loaded from
-constexpr int kBandLead = 24;   // zeros before a kernel row: a band tile reaches at most 22 taps outside
+constexpr int kTileRows = 16;       // M of one mma
+constexpr int kTileCols = 8;        // N of one mma
+constexpr int kBandGuard = 32;      // elements around all kernel rows, where unused fragments are loaded from
+constexpr int kBandLead = 24;       // zeros before a kernel row: a band tile reaches at most 22 taps outside
+constexpr int kColumnsAligned = 8;  // where a window may begin: copies and ldmatrix take 16 bytes at a time
 constexpr int kToeplitzThreads = 256;
 
 struct ToeplitzForwardParams {
@@ -124,7 +125,7 @@ struct ToeplitzForwardParams {
   WindowWalk walk;
   int band_pitch;                 // elements of one padded kernel row
   int stage_offset, stage_bytes;  // shared memory, in bytes
-  LaunchDivisor by_tiles_x, by_blocks_per_channel, by_tiles_y, by_reduce, by_channel_div, by_dil_h;
+  LaunchDivisor by_tiles_x, by_blocks_per_channel, by_tiles_y, by_reduce, by_channel_div, by_dil_h, by_dil_w;
   LaunchDivisor by_fast,
       by_last_fast;  // what M runs over first: images, or rows of a tile and of the last one
   LaunchDivisor by_outside, by_warps;  // rows of zeros of an image; warps of a block

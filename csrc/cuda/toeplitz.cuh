@@ -49,7 +49,7 @@ LK_DEVICE void build_band(T* shared, const ToeplitzForwardParams& p, int channel
   const int64_t down = step * p.weight.stride_h;
   for (int copy = 0; copy < Band<T>::copies; ++copy)
     for (int c = tid - first * lanes; c < p.band_pitch; c += lanes) {
-      const int q = c - kBandLead + copy, v = q / p.dil_w;
+      const int q = c - kBandLead + copy, v = divided_by(max_int(0, q), p.by_dil_w);
       const bool tap = q >= 0 && v < p.kernel_w && v * p.dil_w == q;
       const T* kernel = static_cast<const T*>(p.weight.data) +
                         int64_t(channel) * p.channel_mul * p.weight.stride_c + v * p.weight.stride_w;
@@ -73,7 +73,7 @@ LK_DEVICE ToeplitzColumns toeplitz_columns(const ToeplitzForwardParams& p, int t
   ToeplitzColumns c;
   c.x0 = tile_x * NT * kTileCols;
   const int cols = min_int(NT * kTileCols, p.out_width - c.x0);
-  c.col0 = max_int(0, c.x0 - p.pad_w) / kTileRows * kTileRows;
+  c.col0 = max_int(0, c.x0 - p.pad_w) / kColumnsAligned * kColumnsAligned;
   const int right = min_int(p.width - 1, c.x0 - p.pad_w + cols - 1 + (p.kernel_w - 1) * p.dil_w);
   c.k_tiles = max_int(0, ceil_div_int(right - c.col0 + 1, Depth));
   c.corner = c.col0 - c.x0 + p.pad_w;
@@ -127,8 +127,8 @@ LK_DEVICE void zero_outside(T* stage, const ToeplitzForwardParams& p, const Wind
   }
 }
 
-// Output rows of a tile, `apart` rows on each time, by image first or by y first: `fast` is that index. Where a
-// row lies - in the window, among the outputs - follows by additions.
+// Output rows of a tile, `apart` rows on each time, by image first or by y first: `fast` is that index. Where
+// a row lies - in the window, among the outputs - follows by additions.
 template <class Offset>
 struct RowWalk {
   int left;  // rows of the tile from this one on
@@ -214,40 +214,48 @@ LK_DEVICE void multiply_k_tile(float (&acc)[MT][NT][4], const T* const (&rows)[M
       for (int m = 0; m < MT; ++m) mma(T{}, acc[m][j], a[m], b[j][0], b[j][1]);
 }
 
+// An address `bytes` further on. In bytes, because shared memory is addressed by a register of the lane and
+// one of the warp together: what lanes have in common takes no instruction of theirs.
+template <class T>
+LK_DEVICE const T* bytes_on(const T* from, int bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const unsigned char*>(from) + bytes);
+}
+
 // acc += the warp's rows times T_u, for all kernel rows u. The k tiles run outermost: which n tiles are on
 // the band depends on them alone, and stays in predicates while u runs. Rows of A are offsets from the
-// window, which advance with u, and meet zeros outside the image. Rows beyond the tile repeat another one's
+// window, which advances with u, and meet zeros outside the image. Rows beyond the tile repeat another one's
 // window: their sums are not stored.
 template <class T, int MT, int NT>
 LK_DEVICE void multiply_window(float (&acc)[MT][NT][4], const ToeplitzForwardParams& p, const ToeplitzTile& t,
                                const ToeplitzColumns& c, const WarpShare& share, const T* window,
                                const T* band) {
-  constexpr int kDepth = MatrixUnit<T>::depth;
+  constexpr int kDepth = MatrixUnit<T>::depth, kSize = int(sizeof(T));
   const int lane = int(threadIdx.x) % kWarp, extent = (p.kernel_w - 1) * p.dil_w;
-  const int step_offset = p.dil_h * p.row_pitch, band_pitch = p.band_pitch;
-  const int y_pitch = p.stride_h * p.row_pitch, rows_run = max_int(0, share.u1 - share.u0);
+  const int row_bytes = p.row_pitch * kSize, y_bytes = p.stride_h * row_bytes;
+  const int step_bytes = p.dil_h * row_bytes, taps_bytes = p.band_pitch * kSize;
+  const int rows_run = max_int(0, share.u1 - share.u0);
   // Input row of output row 0 and kernel row u0, in the window.
   const int row = t.y0 * p.stride_h - p.pad_h + share.u0 * p.dil_h - t.row0 + p.rows_above;
-  window += row * p.row_pitch + lane / kTileRows * (kDepth / 2);
-  band += share.u0 * band_pitch;
+  window = bytes_on(window, row * row_bytes), band = bytes_on(band, share.u0 * taps_bytes);
   int offset[MT];
-  RowWalk<int> walk(p, t, share.first * kTileRows + lane % kTileRows, kTileRows, p.image_pitch, y_pitch);
+  RowWalk<int> walk(p, t, share.first * kTileRows + lane % kTileRows, kTileRows, p.image_pitch * kSize,
+                    y_bytes);
   int at = walk.at;
 #pragma unroll
   for (int m = 0; m < MT; ++m, at += walk.next())
-    offset[m] = m < share.count && walk.left > m * kTileRows ? at : share.y_low * y_pitch;
+    offset[m] = (m < share.count && walk.left > m * kTileRows ? at : share.y_low * y_bytes) +
+                lane / kTileRows * (kDepth / 2 * kSize);
   for (int i = 0; i < c.k_tiles; ++i) {
     // Of n tile 0; n tile j spans taps q - 8 j - 7 .. q - 8 j + depth - 1.
     const int q = c.corner + i * kDepth;
     const int j_low = max_int(0, (q - extent) >> 3), j_high = min_int(NT - 1, (q + kDepth - 1) >> 3);
     if (j_low > j_high) continue;
     const T *taps = band + i * kDepth, *columns = window + i * kDepth;
-    int down = 0;
-    for (int n = 0; n < rows_run; ++n, taps += band_pitch, down += step_offset) {
+    for (int n = 0; n < rows_run; ++n) {
       const T* rows[MT];
 #pragma unroll
-      for (int m = 0; m < MT; ++m) rows[m] = columns + offset[m] + down;
-      multiply_k_tile<T, MT, NT>(acc, rows, taps, j_low, j_high);
+      for (int m = 0; m < MT; ++m) rows[m] = bytes_on(bytes_on(columns, n * step_bytes), offset[m]);
+      multiply_k_tile<T, MT, NT>(acc, rows, bytes_on(taps, n * taps_bytes), j_low, j_high);
     }
   }
 }
@@ -286,7 +294,8 @@ LK_DEVICE void store_outputs(const float (&acc)[MT][NT][4], const ToeplitzForwar
   // In bytes: an addition to a pointer is one, with no shift.
   RowWalk<int64_t> walk(p, t, share.first * kTileRows + lane / 4, 8, to.stride_n * int64_t(sizeof(T)),
                         to.stride_h * int64_t(sizeof(T)));
-  const int left = min_int(walk.left, share.count * kTileRows), images = p.image_major ? t.images : walk.limit;
+  const int left = min_int(walk.left, share.count * kTileRows),
+            images = p.image_major ? t.images : walk.limit;
   unsigned char* out = reinterpret_cast<unsigned char*>(plane) + walk.at;
 #pragma unroll
   for (int m = 0; m < MT; ++m)
@@ -298,8 +307,8 @@ LK_DEVICE void store_outputs(const float (&acc)[MT][NT][4], const ToeplitzForwar
     }
 }
 
-// A block: one channel, one column of tiles, `tiles_per_block` of them, two stages deep. A step is the window of
-// one of a tile's `reduce` input channels.
+// A block: one channel, one column of tiles, `tiles_per_block` of them, two stages deep. A step is the window
+// of one of a tile's `reduce` input channels.
 template <class T, int MT, int NT>
 __global__ void __launch_bounds__(kToeplitzThreads, 2)
     toeplitz_forward(const __grid_constant__ ToeplitzForwardParams p) {
