@@ -268,7 +268,7 @@ MUTANTS = {
     ),
     "toeplitz: no barrier between copies and products": (
         "toeplitz.cuh",
-        "source, p.walk);\n    sync_block();",
+        "source, p.walk);\n      sync_block();",
         "source, p.walk);",
         (TOEPLITZ[0], "forward", *TOEPLITZ[1:]),
     ),
@@ -290,6 +290,24 @@ MUTANTS = {
         "(p.kernel_h - 2) * p.dil_h;",
         (same((1, 1, 600, 16), (5, 5)), "forward", *TOEPLITZ[1:]),
     ),
+    "toeplitz: rows outside the image keep what was there": (
+        "toeplitz.cuh",
+        "if (step < 2 || p.tiles_y > 1) zero_outside(stage, p, shape);",
+        "if (step < 1) zero_outside(stage, p, shape);",
+        (same((40, 4, 12, 16), (7, 7)), "forward", *TOEPLITZ[1:]),
+    ),
+    "toeplitz: one row of zeros too few": (
+        "planner_toeplitz.cpp",
+        "p.rows_below = int(std::clamp<int64_t>(beyond, 0, apart));",
+        "p.rows_below = int(std::clamp<int64_t>(beyond - 1, 0, apart));",
+        (same((16, 1, 12, 16), (7, 7)), "forward", *TOEPLITZ[1:]),
+    ),
+    "direct, stride 2: one input row left out": (
+        "direct.cuh",
+        "u < 2 * (kFixedRows - 1) + kWidth; ++u",
+        "u < 2 * (kFixedRows - 1) + kWidth - 1; ++u",
+        (Case((1, 2, 13, 16), (3, 3), (1, 1), stride=(2, 2)), "forward", "f32", "direct"),
+    ),
     "toeplitz: 32-bit offsets of rows": (
         "tile_io.cuh",
         "int64_t(src.row0 + row) * src.stride_h",
@@ -304,8 +322,8 @@ MUTANTS = {
     ),
     "toeplitz: band one tap off": (
         "toeplitz.cuh",
-        "t.corner = left - t.x0 + p.pad_w;",
-        "t.corner = left - t.x0 + p.pad_w + 1;",
+        "c.corner = c.col0 - c.x0 + p.pad_w;",
+        "c.corner = c.col0 - c.x0 + p.pad_w + 1;",
         (TOEPLITZ[0], "forward", *TOEPLITZ[1:]),
     ),
     "toeplitz weight: waits for one group of copies too few": (

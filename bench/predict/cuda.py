@@ -40,13 +40,14 @@ from .kernel_loops import (
     once,
     prologue,
     row_overhead,
+    step_overhead,
     tile_code,
     tile_levels,
     tile_loop,
     unwanted,
 )
 from .machine import Work
-from .sass import Loop, enclosed, enclosing, exclusive, find, longest_path, loops, products
+from .sass import DIRECT_NAMES, Loop, enclosed, enclosing, exclusive, find, longest_path, loops, products
 
 REDUCE_THREADS = 256
 
@@ -99,14 +100,14 @@ def store_bytes(width: int, tile_w: int, dtype: str) -> int:
 def direct_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
     refuse_channels_last(plan)
     width = plan["kernel"][0]
-    name = {-1: "strided", 0: "any"}.get(width, width)
+    name, fixed = DIRECT_NAMES.get(width, width), width not in (-1, 0)
     kernel = f"direct_forward<{'float32' if dtype == 'tf32' else dtype}, {name}>"
     found = loops(code[kernel])
     channels, _, tile_h, tile_w = plan["tile"]
     threads, warps, strips = plan["threads"], plan["threads"] // 32, ceil_div(tile_w, STRIP)
-    rows_each = FIXED_ROWS if width > 0 else 1
+    rows_each = FIXED_ROWS if fixed else 1
     row_groups = ceil_div(tile_h, rows_each)
-    widths = Widths(vector_bytes(g.width, dtype), 0 if width < 0 else store_bytes(g.out[1], tile_w, dtype))
+    widths = Widths(vector_bytes(g.width, dtype), 0 if width == -1 else store_bytes(g.out[1], tile_w, dtype))
     work, hot = Work(), products(found)
     work.add(prologue(code[kernel], found, widths), plan["blocks"] * warps)
     weights = find(
@@ -132,7 +133,7 @@ def direct_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
             add_window(work, code, kernel, widths.copy, 0, walk, planes)
             if touches_sides(g, x0, cols):
                 add_sides(work, found, 0, ceil_div(channels * most, 32), planes)
-            if width > 0:
+            if fixed:
                 strip_warps = ceil_div(channels * row_groups * ceil_div(cols, STRIP), 32)
                 add_fixed_strips(work, found, g, widths, planes * strip_warps)
             else:
@@ -157,7 +158,10 @@ def direct_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
 def add_fixed_strips(work: Work, found: list[Loop], g: Geometry, widths: Widths, times: float) -> None:
     """Strips of the kernels of fixed width: unrolled where the kernel is a square below 7, else in turns of
     three rows of inputs. Rows outside the image are counted too."""
-    hot = products(found)  # the turns of three rows
+    hot = products(found)  # the turns of three rows; a stride of 2 has none
+    if g.stride != (1, 1):
+        work.add(longest_path(hot.body, [], unwanted(found, widths)), times)
+        return
     strip = enclosing(found, hot)
     if strip is None:
         raise LookupError("no loop over strips; the kernel changed: adapt bench/predict")
@@ -253,6 +257,7 @@ def toeplitz_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
             if dtype == "tf32":
                 add_rounding(work, found, 0, walk, vector, repeats)
             work.add(each_tile, repeats * warps)
+            work.add(step_overhead(found, widths), repeats * warps * c.steps)
     zeroed = min(2 * plan["blocks"], repeats * len(spans(g.out[1], tile_w)))
     if tile_h < g.out[0]:  # else both stages once a block
         zeroed = repeats * len(spans(g.out[0], tile_h)) * len(spans(g.out[1], tile_w))
@@ -328,6 +333,7 @@ def toeplitz_weight(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
                 issued += g.channels * own.row_chunks * warps * depths * steps * diagonals * own.rows_each
                 total += g.channels * own.row_chunks * warps * depths * on_band * own.rows_each
                 work.add(each_tile, chunks * warps)
+                work.add(step_overhead(found, widths), g.channels * own.row_chunks * warps * steps)
                 for nth, (tall, high, wide) in enumerate(
                     (
                         (rows_in, most, m_tiles * MMA_ROWS),

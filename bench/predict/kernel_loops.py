@@ -63,21 +63,24 @@ def prologue(code: tuple[Instruction, ...], found: list[Loop], widths: Widths) -
 
 
 def unwanted(found: list[Loop], widths: Widths) -> Callable[[Instruction], bool]:
-    """Code of copies and stores of other widths, and of channels_last tensors."""
+    """Code of copies and stores of other widths, and of channels_last tensors, which alone divides by numbers
+    that no host has prepared."""
 
     def other(x: Loop) -> bool:
         if is_copy(x):
             return any(element_bytes(i) != widths.copy for i in x.body if i.name in ("LDGSTS", "LDG"))
-        if x.depth > 1 and x.innermost and x.count("STG") and x.count("LDS"):
+        if x.depth > 1 and x.innermost and not x.macs and x.count("STG") and x.count("LDS"):
             return bool(widths.store)  # outputs on their way out of shared memory
         by_channels = x.count("LDG") == 4 and x.count("STS") == 4 and not x.innermost
         return by_channels and not any(is_copy(y) for y in found if x.start <= y.start and y.end <= x.end)
 
     others = [(x.start, x.end) for x in found if other(x)]
-    inner = [(x.start, x.end) for x in found if x.innermost]
+    inner = [(x.start, x.end) for x in found if x.innermost and not x.macs]
+    outermost = [(x.start, x.end) for x in found if x.depth == 1]
 
     def test(i: Instruction) -> bool:
-        if any(a <= i.address <= b for a, b in others):
+        divides = i.name == "MUFU" and any(a <= i.address <= b for a, b in outermost)
+        if divides or any(a <= i.address <= b for a, b in others):
             return True
         if i.name != "STG" or widths.store is None or any(a <= i.address <= b for a, b in inner):
             return False
@@ -122,6 +125,15 @@ def len_of(x: Loop) -> int:
     return len(x.body)
 
 
+def step_overhead(found: list[Loop], widths: Widths) -> list[Instruction]:
+    """What the loop around the Toeplitz kernels' products executes beside them, at most; products that are
+    left over when it was unrolled count with the others."""
+    around, other = enclosing(found, products(found)), unwanted(found, widths)
+    if around is None:
+        raise LookupError("no loop around the products; the kernel changed: adapt bench/predict")
+    return longest_path(around.body, children(around, found), lambda i: i.name == "HMMA" or other(i))
+
+
 def row_overhead(found: list[Loop], inner: Loop) -> list[Instruction]:
     """What a row of the direct kernels costs beside its products: code of the loop around them."""
     around = enclosing(found, inner)
@@ -147,7 +159,7 @@ def moves(code: Code, kernel: str) -> Moves:
     loops_of = {width: copies(found, width)[0] for width in (16, 8, 4, 2) if width >= size}
     copied = tuple(len(x.body) / copies_in_body(x) * size / width for width, x in loops_of.items())
     row = None
-    if kernel.startswith("direct_") and not re.search(r", [357]>", kernel):
+    if kernel.startswith("direct_") and not re.search(r", [357]( stride 2)?>", kernel):
         row = len(row_overhead(found, hot))
     built = band(found) if kernel.startswith("toeplitz_forward") else None
     return Moves(

@@ -68,9 +68,10 @@ struct DirectForwardParams {
 constexpr int kFixedRows = 3;
 constexpr int kFixedThreads = kDirectThreads / 2;  // each computes two strips, one after the other
 
-// Kernel widths that have their own instantiation; others take kAnyWidth, or kStrided when a stride or
-// dilation along the row is not 1.
-enum : int { kStrided = -1, kAnyWidth = 0 };
+// Kernel widths that have their own instantiation, and 3x3 at a stride of 2; others take kAnyWidth, or
+// kStrided when a stride or dilation along the row is not 1.
+enum : int { kThreeStride2 = -2, kStrided = -1, kAnyWidth = 0 };
+constexpr bool is_fixed(int width_class) { return width_class > 0 || width_class == kThreeStride2; }
 
 struct DirectWeightParams {
   int batch, channels, height, width, out_height, out_width;
