@@ -165,7 +165,7 @@ ForwardTile fit(ToeplitzForwardParams& p, ForwardTile t, const ForwardProblem& f
     if (t.images > (t.image_major ? kTileRows : 1))
       --t.images;
     else if (t.h > 1)
-      t.h = ceil_div(t.h, 2);
+      t.h = even_part(f.out_height, t.h - 1);
     else
       break;
   }
@@ -229,9 +229,9 @@ Candidate<ForwardPlan> plan_toeplitz_forward(const ForwardProblem& f, DType dtyp
   // M over rows first fills tiles whatever the batch; M over images first wastes no rows above or below the
   // image.
   const int64_t rows = kMaxForwardWarps * m_tiles * kTileRows;
-  ForwardTile by_rows{1, std::min(f.out_height, rows), false};
+  ForwardTile by_rows{1, even_part(f.out_height, rows), false};
   by_rows.images = std::clamp<int64_t>(rows / by_rows.h, 1, f.batch);
-  ForwardTile by_images{kTileRows, std::min(f.out_height, rows / kTileRows), true};
+  ForwardTile by_images{kTileRows, even_part(f.out_height, rows / kTileRows), true};
   ForwardTile chosen{};
   ForwardCost cost{};
   const int copied_bytes = vector_bytes(input, plan.pack_input);
