@@ -104,7 +104,7 @@ def window_rows(g: Geometry, y0: int, rows: int, u_low: int, u_high: int) -> int
 
 
 def window_columns(g: Geometry, x0: int, cols: int, aligned: int) -> tuple[int, int]:
-    """First and last image column under output columns [x0, x0 + cols), the first a multiple of ``aligned``."""
+    """First and last column under output columns [x0, x0 + cols); the first a multiple of ``aligned``."""
     left = max(0, x0 - g.padding[1]) // aligned * aligned
     extent = (g.kernel[1] - 1) * g.dilation[1]
     return left, min(g.width - 1, x0 - g.padding[1] + cols - 1 + extent)

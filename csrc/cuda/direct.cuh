@@ -11,6 +11,10 @@
 
 namespace lkconv::cuda {
 
+// A constant rather than a call, which device code may not make.
+template <int WidthClass>
+constexpr bool kFixedWidth = is_fixed(WidthClass);
+
 // Threads of a block, and blocks that share an SM. The latter are said aloud, because without it the compiler
 // aims at more and spills. Fixed widths hold three rows of sums and taps, 24 registers each at a width of 7.
 constexpr int direct_threads(int width_class) {
@@ -433,7 +437,7 @@ __global__ void __launch_bounds__(direct_threads(KW), direct_blocks<T>(KW))
     direct_forward(const __grid_constant__ DirectForwardParams p) {
   auto* shared = reinterpret_cast<accumulator_t<T>*>(dynamic_shared());  // weights, the window, outputs
   const DirectTile t = direct_tile(p);
-  if constexpr (is_fixed(KW))
+  if constexpr (kFixedWidth<KW>)
     run_fixed<T, KW>(shared, p, t);
   else
     run_any<T, KW == kStrided>(shared, p, t);

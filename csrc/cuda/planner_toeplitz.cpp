@@ -6,7 +6,10 @@ namespace {
 
 constexpr int64_t kWarpSize = 32;
 constexpr int64_t kMaxForwardWarps = kToeplitzThreads / kWarpSize;
-constexpr int64_t kBlocksEach = 2;  // of an SM, at least, where there is enough to do
+constexpr double kFirstWindow =
+    0.2;  // of a tile's time: a block's first window overlaps none of its products
+// Smaller tiles have fewer warps, which hide less latency: they must be estimated to be this much faster.
+constexpr double kWorthFewerWarps = 0.95;
 constexpr int64_t kMaxWeightWarps = kToeplitzWeightThreads / kWarpSize;
 
 int64_t depth_of(DType dtype) { return dtype == DType::f32 ? 8 : 16; }
@@ -173,16 +176,16 @@ ForwardTile fit(ToeplitzForwardParams& p, ForwardTile t, const ForwardProblem& f
 }
 
 // Tiles that a block walks over, so that copies overlap products and the band is built once: as many as keep
-// the busiest SM's work least, while every SM has a few blocks to choose from. `block`: what a block costs
-// beside its tiles, in tiles.
+// the busiest SM's time least. It holds two blocks at once; one that is left alone is taken to run at three
+// quarters of their speed together. `block`: what a block costs beside its tiles, in tiles.
 int64_t tiles_per_block(int64_t tiles, int64_t columns, double block, const Machine& m) {
   int64_t best = 1;
   double least = 0;
   for (int64_t parts = 1; parts <= std::min<int64_t>(tiles, 64); ++parts) {
     const int64_t each = ceil_div(tiles, parts), blocks = columns * ceil_div(tiles, each);
-    const double busiest = double(ceil_div(blocks, m.sms)) * (double(each) + block);
-    const bool few = blocks < kBlocksEach * m.sms && parts < std::min<int64_t>(tiles, 64);
-    if (!few && (least == 0 || busiest < least)) best = each, least = busiest;
+    const int64_t busiest = ceil_div(blocks, m.sms);
+    const double time = (double(busiest) + double(busiest % 2) / 3) * (double(each) + block);
+    if (least == 0 || time < least) best = each, least = time;
   }
   return best;
 }
@@ -245,7 +248,7 @@ Candidate<ForwardPlan> plan_toeplitz_forward(const ForwardProblem& f, DType dtyp
     // Somewhat fewer images may fill the M tiles of the warps better.
     for (int n = 0; n < (start.image_major ? 1 : 4) && t.images > 0; ++n, --t.images) {
       const ForwardCost now = forward_cost(f, t, dtype, m_tiles, n_tiles, copied_bytes);
-      if (chosen.images == 0 || now.cycles < cost.cycles) chosen = t, cost = now;
+      if (chosen.images == 0 || now.cycles < kWorthFewerWarps * cost.cycles) chosen = t, cost = now;
     }
   }
   if (chosen.images == 0) {
@@ -261,7 +264,7 @@ Candidate<ForwardPlan> plan_toeplitz_forward(const ForwardProblem& f, DType dtyp
   const double block = kBlockInstructions + band / double(threads) * kBandInstructions;
   const int64_t tiles = int64_t(p.tiles_n) * p.tiles_y;
   const double tile = cost.cycles * kIssuedPerCycle / double(columns * tiles * threads);
-  p.tiles_per_block = int(tiles_per_block(tiles, columns, block / tile, m));
+  p.tiles_per_block = int(tiles_per_block(tiles, columns, block / tile + kFirstWindow, m));
   p.blocks_per_channel = int(ceil_div(tiles, p.tiles_per_block));
   plan.launch.blocks = columns * p.blocks_per_channel;
   plan.launch.threads = int(threads);

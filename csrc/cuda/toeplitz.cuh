@@ -2,10 +2,10 @@
 //   Y[r, x] += sum_s X[row(r) + u, s] T_u[s, x],   T_u[s, x] = w[u, s - x + pad],
 // is a product of the input rows (M = images x output rows) with a banded Toeplitz matrix. Neither is ever
 // built: A fragments come from the staged window by ldmatrix, each lane pointing at the row its output row
-// needs (so stride and dilation along the height cost nothing, and rows outside the image point at a row of
-// zeros), and since a B fragment holds pairs of neighbouring taps, it is one 4-byte load from the zero-padded
-// kernel row, kept twice - the second copy shifted by one element - so that every pair is aligned. Tiles off
-// the band are skipped.
+// needs (so stride and dilation along the height cost nothing; the window has rows of zeros where that is
+// outside the image), and since a B fragment holds pairs of neighbouring taps, it is one 4-byte load from the
+// zero-padded kernel row, kept twice - the second copy shifted by one element - so that every pair is
+// aligned. Tiles off the band are skipped.
 #pragma once
 
 #include "toeplitz_window.cuh"
