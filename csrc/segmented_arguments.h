@@ -27,8 +27,15 @@ inline void check_segments(const Tensor& input, const OptionalTensors& weights, 
 // One slice of the channels: a convolution where it has a weight, else a copy.
 struct Segment {
   Tensor input, output;
+  std::optional<Tensor> weight, bias;
   std::optional<OpCall> convolution;
 };
+
+// Of the convolutions, whose outputs are as large as their inputs: stride and dilation, and the padding.
+inline const std::vector<int64_t> kOnes{1, 1};
+inline std::vector<int64_t> same_padding(const Tensor& weight) {
+  return {weight.size(2) / 2, weight.size(3) / 2};
+}
 
 struct SegmentedCall {
   Tensor output;  // in input's memory format
@@ -41,8 +48,7 @@ inline OpCall segment_call(const Tensor& input, const Tensor& weight, const std:
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == input.size(1) && weight.size(2) % 2 == 1 &&
                       weight.size(3) % 2 == 1,
                   "lkconv: a segment's weight must be (split, 1, kh, kw) with an odd window");
-  OpCall c =
-      forward_call(input, weight, bias, {1, 1}, {weight.size(2) / 2, weight.size(3) / 2}, {1, 1}, cuda);
+  OpCall c = forward_call(input, weight, bias, kOnes, same_padding(weight), kOnes, cuda);
   c.output = output;
   c.out = view_of(output, true);
   return c;
@@ -59,7 +65,8 @@ inline SegmentedCall segmented_call(const Tensor& input, const OptionalTensors& 
   int64_t first = 0;
   for (size_t s = 0; s < splits.size(); ++s) {
     Segment segment{torch::stable::narrow(whole, 1, first, splits[s]),
-                    torch::stable::narrow(c.output, 1, first, splits[s]), std::nullopt};
+                    torch::stable::narrow(c.output, 1, first, splits[s]), weights[s], biases[s],
+                    std::nullopt};
     if (weights[s])
       segment.convolution = segment_call(segment.input, *weights[s], biases[s], segment.output, cuda);
     if (segment.output.numel() > 0) c.segments.push_back(segment);
@@ -68,12 +75,12 @@ inline SegmentedCall segmented_call(const Tensor& input, const OptionalTensors& 
   return c;
 }
 
-// One segment after the other, by convolve(OpCall).
+// One segment after the other, by convolve(segment).
 template <class Convolve>
 void run_segments(SegmentedCall& c, Convolve convolve) {
   for (Segment& s : c.segments) {
     if (s.convolution)
-      convolve(*s.convolution);
+      convolve(s);
     else
       torch::stable::copy_(s.output, s.input);
   }

@@ -130,7 +130,10 @@ def cuda_machine(device: torch.device) -> CudaMachine:
 def _no_cuda_plan(
     machine: CudaMachine, dtype: torch.dtype, problem: Problem, channels_last: bool
 ) -> str | None:
-    """Why no algorithm of the CUDA kernels takes a pass of ``problem``, or None."""
+    """Why no CUDA kernel takes a pass of ``problem``, or None.
+
+    Triton may be faster than what the op does then, so eager calls ask first; compiled graphs do not.
+    """
     if 0 in problem[0]:
         return None
     module: Any = cuda_module()[0]
@@ -139,7 +142,7 @@ def _no_cuda_plan(
         # Without tf32: what depends on a switch of torch must not be remembered.
         found = module.plan(pass_name, *problem, name, channels_last, False, **machine._asdict())
         if not any(candidate["possible"] for candidate in found):
-            return f"no algorithm takes {pass_name}: {found[0]['reason']}"
+            return f"no kernel takes {pass_name}, which its op leaves to PyTorch: {found[0]['reason']}"
     return None
 
 

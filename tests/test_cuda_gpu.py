@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 import zlib
@@ -249,6 +250,33 @@ def test_tensors_on_different_devices_are_refused() -> None:
     x, weight, bias, _ = tensors(same((1, 2, 5, 5), (3, 3)), torch.float32)
     with pytest.raises(RuntimeError, match="one CUDA device"):
         torch.ops.lkconv.depthwise_conv2d(x, weight.cpu(), bias, [1, 1], [1, 1], [1, 1])
+
+
+FAR = Case((2, 3, 8, 60000), (3, 3), (1, 50000), dilation=(1, 50000))  # a window wider than shared memory
+
+
+@pytest.mark.parametrize("layout", ("nchw", "nhwc"))
+@pytest.mark.parametrize("dtype_name", ("f64", "f32", "bf16"))
+@pytest.mark.parametrize("pass_name", PASSES)
+def test_what_no_kernel_takes_the_op_leaves_to_torch(pass_name: str, dtype_name: str, layout: str) -> None:
+    case = dataclasses.replace(FAR, layout=layout)
+    t = tensors(case, TORCH_DTYPE[dtype_name])
+    result = op(pass_name, case, t)
+    check(pass_name, case, t, dtype_name, result)
+    assert result.is_contiguous(memory_format=torch.channels_last) == (
+        layout == "nhwc" and pass_name != "backward_weight"
+    )
+
+
+def test_a_compiled_graph_that_no_kernel_takes() -> None:
+    x, weight, bias, grad = (v.requires_grad_() for v in tensors(FAR, torch.float32))
+    geometry = FAR.stride, FAR.padding, FAR.dilation
+    results = [
+        torch.autograd.grad(f(x, weight, bias, *geometry), (x, weight, bias), grad)
+        for f in (lkconv.depthwise_conv2d, torch.compile(lkconv.depthwise_conv2d, fullgraph=True))
+    ]
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-3)
 
 
 def test_tf32_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:

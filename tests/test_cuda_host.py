@@ -205,6 +205,16 @@ def test_enormous_kernels(driver: Path, pass_name: str) -> None:
         assert not wrong(result, dtype, case.taps)
 
 
+@pytest.mark.parametrize("dtype", ("f64", "bf16"))
+@pytest.mark.parametrize("pass_name", PASSES)
+def test_what_fits_no_kernel_is_refused(driver: Path, pass_name: str, dtype: str) -> None:
+    """A window far wider than shared memory: the op leaves the call to PyTorch."""
+    case = Case((1, 1, 2, 12000), (1, 3), (0, 9000), dilation=(1, 9000))
+    line = line_of(case, pass_name, dtype, "auto", "forward", shared=49152)
+    (result,) = run(driver, [line])
+    assert not result["ok"] and "of shared memory" in result["error"]
+
+
 # A kernel with one thing broken, and a job that must notice: file, text, replacement, job.
 TOEPLITZ = (same((3, 1, 40, 40), (7, 7)), "bf16", "toeplitz")
 MUTANTS = {
@@ -258,7 +268,7 @@ MUTANTS = {
     ),
     "toeplitz: no barrier between copies and products": (
         "toeplitz.cuh",
-        "source, p.walk);\n    sync_block();",
+        "source, p.walk);\n      sync_block();",
         "source, p.walk);",
         (TOEPLITZ[0], "forward", *TOEPLITZ[1:]),
     ),
@@ -280,6 +290,24 @@ MUTANTS = {
         "(p.kernel_h - 2) * p.dil_h;",
         (same((1, 1, 600, 16), (5, 5)), "forward", *TOEPLITZ[1:]),
     ),
+    "toeplitz: rows outside the image keep what was there": (
+        "toeplitz.cuh",
+        "if (step < 2 || p.tiles_y > 1) zero_outside(stage, p, shape);",
+        "if (step < 1) zero_outside(stage, p, shape);",
+        (same((40, 4, 12, 16), (7, 7)), "forward", *TOEPLITZ[1:]),
+    ),
+    "toeplitz: one row of zeros too few": (
+        "planner_toeplitz.cpp",
+        "p.rows_below = int(std::clamp<int64_t>(beyond, 0, apart));",
+        "p.rows_below = int(std::clamp<int64_t>(beyond - 1, 0, apart));",
+        (same((16, 1, 12, 16), (7, 7)), "forward", *TOEPLITZ[1:]),
+    ),
+    "direct, stride 2: one input row left out": (
+        "direct.cuh",
+        "u < 2 * (kFixedRows - 1) + kWidth; ++u",
+        "u < 2 * (kFixedRows - 1) + kWidth - 1; ++u",
+        (Case((1, 2, 13, 16), (3, 3), (1, 1), stride=(2, 2)), "forward", "f32", "direct"),
+    ),
     "toeplitz: 32-bit offsets of rows": (
         "tile_io.cuh",
         "int64_t(src.row0 + row) * src.stride_h",
@@ -294,8 +322,8 @@ MUTANTS = {
     ),
     "toeplitz: band one tap off": (
         "toeplitz.cuh",
-        "t.corner = left - t.x0 + p.pad_w;",
-        "t.corner = left - t.x0 + p.pad_w + 1;",
+        "c.corner = c.col0 - c.x0 + p.pad_w;",
+        "c.corner = c.col0 - c.x0 + p.pad_w + 1;",
         (TOEPLITZ[0], "forward", *TOEPLITZ[1:]),
     ),
     "toeplitz weight: waits for one group of copies too few": (
@@ -321,6 +349,14 @@ MUTANTS = {
         "p.grad_walk);\n    sync_block();",
         "p.grad_walk);",
         (TOEPLITZ[0], "backward_weight", *TOEPLITZ[1:]),
+    ),
+    "toeplitz weight: the next tile takes a table in use": (
+        "toeplitz_weight.cuh",
+        "sync_block();  // the next tile overwrites the table, and this stage after it",
+        "",
+        # 15 steps of depth for 4 warps: the one with fewer is early with the table of the next tile, which
+        # has one image instead of six.
+        (same((7, 4, 40, 40), (7, 7)), "backward_weight", *TOEPLITZ[1:]),
     ),
     "reduce_splits: only the last partial sum": (
         "direct_weight.cuh",

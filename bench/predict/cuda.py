@@ -20,6 +20,7 @@ from .geometry import (
     forward_row_steps,
     iterations,
     lanes_of,
+    outside_rows,
     owned_rows,
     spans,
     vector_bytes,
@@ -39,11 +40,14 @@ from .kernel_loops import (
     once,
     prologue,
     row_overhead,
+    step_overhead,
+    tile_code,
+    tile_levels,
     tile_loop,
     unwanted,
 )
 from .machine import Work
-from .sass import Loop, enclosed, enclosing, exclusive, find, longest_path, loops, products
+from .sass import DIRECT_NAMES, Loop, enclosed, enclosing, exclusive, find, longest_path, loops, products
 
 REDUCE_THREADS = 256
 
@@ -96,16 +100,15 @@ def store_bytes(width: int, tile_w: int, dtype: str) -> int:
 def direct_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
     refuse_channels_last(plan)
     width = plan["kernel"][0]
-    name = {-1: "strided", 0: "any"}.get(width, width)
+    name, fixed = DIRECT_NAMES.get(width, width), width not in (-1, 0)
     kernel = f"direct_forward<{'float32' if dtype == 'tf32' else dtype}, {name}>"
     found = loops(code[kernel])
     channels, _, tile_h, tile_w = plan["tile"]
     threads, warps, strips = plan["threads"], plan["threads"] // 32, ceil_div(tile_w, STRIP)
-    rows_each = FIXED_ROWS if width > 0 else 1
+    rows_each = FIXED_ROWS if fixed else 1
     row_groups = ceil_div(tile_h, rows_each)
-    widths = Widths(vector_bytes(g.width, dtype), 0 if width < 0 else store_bytes(g.out[1], tile_w, dtype))
+    widths = Widths(vector_bytes(g.width, dtype), 0 if width == -1 else store_bytes(g.out[1], tile_w, dtype))
     work, hot = Work(), products(found)
-    images = tile_loop(found)
     work.add(prologue(code[kernel], found, widths), plan["blocks"] * warps)
     weights = find(
         found,
@@ -116,24 +119,21 @@ def direct_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
     taps = channels * g.kernel[0] * ceil_div(g.kernel[1], 4) * 4
     work.add(weights.body, plan["blocks"] * iterations(taps, threads) / weights.count("LDG"))
     planes = g.batch * ceil_div(g.channels, channels)
-    around = [images]  # the loops over images, and chunks of taps: each of the latter runs once
-    while not any(is_copy(x) for x in found if x.depth <= around[-1].depth + 3 and enclosed(x, around[-1])):
-        around.append(next(x for x in children(around[-1], found) if enclosed(hot, x)))
+    around = tile_levels(found)  # the loops over images, and chunks of taps
     for y0, rows in spans(g.out[0], tile_h):
         in_rows, most = (
             window_rows(g, y0, rows, 0, g.kernel[0] - 1),
             min(g.height, (tile_h - 1) * g.stride[0] + (g.kernel[0] - 1) * g.dilation[0] + 1),
         )
         for x0, cols in spans(g.out[1], tile_w):
-            for level in around:
-                work.add(once(level, found, widths), planes * warps)
+            work.add(tile_code(found, widths), planes * warps)
             window = min(g.width, (strips * STRIP - 1) * g.stride[1] + (g.kernel[1] - 1) * g.dilation[1] + 8)
             lanes = min(ceil_div(window * SIZE[dtype], widths.copy), threads)
             walk = column_walk(channels, in_rows, most, lanes, threads, gapless=in_rows == g.height)
             add_window(work, code, kernel, widths.copy, 0, walk, planes)
             if touches_sides(g, x0, cols):
                 add_sides(work, found, 0, ceil_div(channels * most, 32), planes)
-            if width > 0:
+            if fixed:
                 strip_warps = ceil_div(channels * row_groups * ceil_div(cols, STRIP), 32)
                 add_fixed_strips(work, found, g, widths, planes * strip_warps)
             else:
@@ -149,7 +149,7 @@ def direct_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
                 )
                 lines = planes * warps * ceil_div(channels * rows, threads // lanes_of(tile_w))
                 line = enclosing(found, store)
-                if line and line is not images and line.depth > around[-1].depth:
+                if line and line is not around[0] and line.depth > around[-1].depth:
                     work.add(exclusive(line, found), lines)
                 work.add(store.body, lines * ceil_div(cols, lanes_of(tile_w)) / store.count("STG"))
     return Launch(kernel, plan["blocks"], threads, plan["shared_bytes"], work, tensor_bytes(g, dtype))
@@ -158,7 +158,10 @@ def direct_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
 def add_fixed_strips(work: Work, found: list[Loop], g: Geometry, widths: Widths, times: float) -> None:
     """Strips of the kernels of fixed width: unrolled where the kernel is a square below 7, else in turns of
     three rows of inputs. Rows outside the image are counted too."""
-    hot = products(found)  # the turns of three rows
+    hot = products(found)  # the turns of three rows; a stride of 2 has none
+    if g.stride != (1, 1):
+        work.add(longest_path(hot.body, [], unwanted(found, widths)), times)
+        return
     strip = enclosing(found, hot)
     if strip is None:
         raise LookupError("no loop over strips; the kernel changed: adapt bench/predict")
@@ -236,8 +239,7 @@ def toeplitz_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
     )
     pairs = g.out[1] % 2 == 0 or plan["packs"] > 0
     widths = Widths(vector, SIZE[dtype] * (2 if pairs else 1))
-    hot, work = products(found), Work()
-    tile_code = once(tile_loop(found), found, widths)
+    hot, work, each_tile = products(found), Work(), tile_code(found, widths)
     repeats = ceil_div(g.batch, images) * g.channels
     issued = total = 0.0
     most = min(g.height, (tile_h - 1) * g.stride[0] + (g.kernel[0] - 1) * g.dilation[0] + 1)
@@ -254,7 +256,12 @@ def toeplitz_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
             add_window(work, code, kernel, vector, 0, walk, repeats)
             if dtype == "tf32":
                 add_rounding(work, found, 0, walk, vector, repeats)
-            work.add(tile_code, repeats * warps)
+            work.add(each_tile, repeats * warps)
+            work.add(step_overhead(found, widths), repeats * warps * c.steps)
+    zeroed = min(2 * plan["blocks"], repeats * len(spans(g.out[1], tile_w)))
+    if tile_h < g.out[0]:  # else both stages once a block
+        zeroed = repeats * len(spans(g.out[0], tile_h)) * len(spans(g.out[1], tile_w))
+    add_zero_rows(work, found, images * outside_rows(g, plan), cols * SIZE[dtype] // 16, zeroed)
     work.add(hot.body, repeats * issued / hot.count("HMMA"), total / issued)
     work.add(prologue(code[kernel], found, widths), plan["blocks"] * warps)
     pitch = ceil_div((g.kernel[1] - 1) * g.dilation[1] + 50, 8) * 8
@@ -266,6 +273,16 @@ def toeplitz_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
     while around := enclosing(found, around):  # a column of taps
         work.add(exclusive(around, found), plan["blocks"] * warps * ceil_div(pitch, lanes) * copies_built)
     return Launch(kernel, plan["blocks"], threads, plan["shared_bytes"], work, tensor_bytes(g, dtype))
+
+
+def add_zero_rows(work: Work, found: list[Loop], rows: int, vectors: int, times: float) -> None:
+    """Rows outside the image: a thread zeroes some of them whole."""
+    step = tile_levels(found)[-1]
+    row = next(x for x in children(step, found) if x.count("STS") and not x.count("LDG", "LDGSTS"))
+    vector = next(x for x in found if x.innermost and enclosed(x, row))
+    warps = ceil_div(rows, 32)
+    work.add(exclusive(row, found), warps * times)
+    work.add(vector.body, warps * times * vectors / vector.count("STS"))
 
 
 def add_rounding(work: Work, found: list[Loop], nth: int, walk: Walk, vector: int, times: float) -> None:
@@ -280,7 +297,7 @@ def add_rounding(work: Work, found: list[Loop], nth: int, walk: Walk, vector: in
         raise LookupError("the machine code does not round to tf32 where expected: adapt bench/predict")
     work.add(inner[nth].body, times * walk.warps * walk.outer * walk.inner)
     around: Loop | None = inner[nth]
-    while (around := enclosing(found, around)) and around.depth > 1:
+    while (around := enclosing(found, around)) and around.depth > tile_levels(found)[-1].depth:
         work.add(exclusive(around, found), times * walk.warps * walk.outer)
 
 
@@ -301,7 +318,7 @@ def toeplitz_weight(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
         len_of,
     )
     chunks = own.row_chunks * own.diagonal_chunks * g.channels
-    tile_code = once(tile_loop(found), found, widths)
+    each_tile = tile_code(found, widths)
     rows_owned = min(own.row_groups * own.rows_each, g.kernel[0])
     most = min(g.height, (tile_h - 1) * g.stride[0] + (rows_owned - 1) * g.dilation[0] + 1)
     issued = total = 0.0
@@ -315,7 +332,8 @@ def toeplitz_weight(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
                 )
                 issued += g.channels * own.row_chunks * warps * depths * steps * diagonals * own.rows_each
                 total += g.channels * own.row_chunks * warps * depths * on_band * own.rows_each
-                work.add(tile_code, chunks * warps)
+                work.add(each_tile, chunks * warps)
+                work.add(step_overhead(found, widths), g.channels * own.row_chunks * warps * steps)
                 for nth, (tall, high, wide) in enumerate(
                     (
                         (rows_in, most, m_tiles * MMA_ROWS),

@@ -13,6 +13,7 @@ SIZE = {"float32": 4, "tf32": 4, "bfloat16": 2}
 STRIP = 8  # outputs of a row, or taps, of a thread of the direct kernels
 FIXED_ROWS = 3  # rows of outputs of a thread, in those of a fixed width
 MMA_ROWS, MMA_COLS = 16, 8
+COLUMNS_ALIGNED = 8  # where the Toeplitz forward kernel's windows begin
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ def window_rows(g: Geometry, y0: int, rows: int, u_low: int, u_high: int) -> int
     return max(0, min(g.height - 1, last) - max(0, first) + 1)
 
 
-def window_columns(g: Geometry, x0: int, cols: int) -> tuple[int, int]:
-    """First and last image column under output columns [x0, x0 + cols), the first a multiple of 16."""
-    left = max(0, x0 - g.padding[1]) // MMA_ROWS * MMA_ROWS
+def window_columns(g: Geometry, x0: int, cols: int, aligned: int) -> tuple[int, int]:
+    """First and last column under output columns [x0, x0 + cols); the first a multiple of ``aligned``."""
+    left = max(0, x0 - g.padding[1]) // aligned * aligned
     extent = (g.kernel[1] - 1) * g.dilation[1]
     return left, min(g.width - 1, x0 - g.padding[1] + cols - 1 + extent)
 
@@ -158,7 +159,7 @@ class Columns:
 
 def columns(g: Geometry, x0: int, n_tiles: int, depth: int) -> Columns:
     cols = min(n_tiles * MMA_COLS, g.out[1] - x0)
-    left, right = window_columns(g, x0, cols)
+    left, right = window_columns(g, x0, cols, COLUMNS_ALIGNED)
     extent, corner = (g.kernel[1] - 1) * g.dilation[1], left - x0 + g.padding[1]
     k_tiles = max(0, ceil_div(right - left + 1, depth))
     on_band = []
@@ -166,6 +167,16 @@ def columns(g: Geometry, x0: int, n_tiles: int, depth: int) -> Columns:
         q = [corner + i * depth - j * MMA_COLS for j in range(n_tiles)]
         on_band.append(sum(c + depth - 1 >= 0 and c - (MMA_COLS - 1) <= extent for c in q))
     return Columns(k_tiles, sum(n > 0 for n in on_band), sum(on_band))
+
+
+def outside_rows(g: Geometry, plan: dict) -> int:
+    """Rows of zeros above and below an image in the Toeplitz forward kernel's window."""
+    _, images, tile_h, _ = plan["tile"]
+    m_tiles = plan["kernel"][0]
+    rows = m_tiles if plan["image_major"] else min(tile_h, m_tiles * MMA_ROWS) if images == 1 else tile_h
+    apart = (rows - 1) * g.stride[0]
+    last = (g.out[0] - 1) * g.stride[0] - g.padding[0] + (g.kernel[0] - 1) * g.dilation[0]
+    return min(max(g.padding[0], 0), apart) + min(max(last - (g.height - 1), 0), apart)
 
 
 def forward_row_steps(g: Geometry, y0: int, rows: int, images: int, m_tiles: int, image_major: bool) -> int:
@@ -215,7 +226,7 @@ def weight_columns(
     g: Geometry, x0: int, cols: int, first: int, diagonals: int, chunks: int
 ) -> tuple[int, int, int]:
     """m tiles, steps of the loop over them that meet the band, and pairs of m tile and n tile on it."""
-    left, right = window_columns(g, x0, cols)
+    left, right = window_columns(g, x0, cols, MMA_ROWS)
     n_tiles, m_tiles = ceil_div(cols, MMA_COLS), max(0, ceil_div(right - left + 1, MMA_ROWS))
     steps = on_band = 0
     for chunk in range(chunks):

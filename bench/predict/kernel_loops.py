@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .sass import Instruction, Loop, enclosing, exclusive, find, longest_path, loops, products
+from .sass import Instruction, Loop, enclosed, enclosing, exclusive, find, longest_path, loops, products
 
 Code = dict[str, tuple[Instruction, ...]]
 
@@ -63,21 +63,24 @@ def prologue(code: tuple[Instruction, ...], found: list[Loop], widths: Widths) -
 
 
 def unwanted(found: list[Loop], widths: Widths) -> Callable[[Instruction], bool]:
-    """Code of copies and stores of other widths, and of channels_last tensors."""
+    """Code of copies and stores of other widths, and of channels_last tensors, which alone divides by numbers
+    that no host has prepared."""
 
     def other(x: Loop) -> bool:
         if is_copy(x):
             return any(element_bytes(i) != widths.copy for i in x.body if i.name in ("LDGSTS", "LDG"))
-        if x.depth > 1 and x.innermost and x.count("STG") and x.count("LDS"):
+        if x.depth > 1 and x.innermost and not x.macs and x.count("STG") and x.count("LDS"):
             return bool(widths.store)  # outputs on their way out of shared memory
         by_channels = x.count("LDG") == 4 and x.count("STS") == 4 and not x.innermost
         return by_channels and not any(is_copy(y) for y in found if x.start <= y.start and y.end <= x.end)
 
     others = [(x.start, x.end) for x in found if other(x)]
-    inner = [(x.start, x.end) for x in found if x.innermost]
+    inner = [(x.start, x.end) for x in found if x.innermost and not x.macs]
+    outermost = [(x.start, x.end) for x in found if x.depth == 1]
 
     def test(i: Instruction) -> bool:
-        if any(a <= i.address <= b for a, b in others):
+        divides = i.name == "MUFU" and any(a <= i.address <= b for a, b in outermost)
+        if divides or any(a <= i.address <= b for a, b in others):
             return True
         if i.name != "STG" or widths.store is None or any(a <= i.address <= b for a, b in inner):
             return False
@@ -92,6 +95,24 @@ def tile_loop(found: list[Loop]) -> Loop:
     return find(found, "tiles", lambda x: x.depth == 1 and x.start <= hot.start <= x.end, len_of)
 
 
+def tile_levels(found: list[Loop]) -> list[Loop]:
+    """The loop over tiles and those inside it that bring in windows: each runs once a tile, but for channel
+    multipliers and enormous kernels."""
+    levels, hot = [tile_loop(found)], products(found)
+    while inner := next((x for x in children(levels[-1], found) if encloses_copies(x, hot, found)), None):
+        levels.append(inner)
+    return levels
+
+
+def encloses_copies(x: Loop, hot: Loop, found: list[Loop]) -> bool:
+    return enclosed(hot, x) and any(is_copy(y) and enclosed(y, x) for y in found)
+
+
+def tile_code(found: list[Loop], widths: Widths) -> list[Instruction]:
+    """What a warp executes for a tile outside inner loops, at most."""
+    return [i for level in tile_levels(found) for i in once(level, found, widths)]
+
+
 def band(found: list[Loop]) -> Loop:
     """The Toeplitz forward kernel's construction of the band: the last of its prologue's loads."""
     before = [x for x in found if x.end < tile_loop(found).start and x.innermost]
@@ -102,6 +123,15 @@ def band(found: list[Loop]) -> Loop:
 
 def len_of(x: Loop) -> int:
     return len(x.body)
+
+
+def step_overhead(found: list[Loop], widths: Widths) -> list[Instruction]:
+    """What the loop around the Toeplitz kernels' products executes beside them, at most; products that are
+    left over when it was unrolled count with the others."""
+    around, other = enclosing(found, products(found)), unwanted(found, widths)
+    if around is None:
+        raise LookupError("no loop around the products; the kernel changed: adapt bench/predict")
+    return longest_path(around.body, children(around, found), lambda i: i.name == "HMMA" or other(i))
 
 
 def row_overhead(found: list[Loop], inner: Loop) -> list[Instruction]:
@@ -129,14 +159,14 @@ def moves(code: Code, kernel: str) -> Moves:
     loops_of = {width: copies(found, width)[0] for width in (16, 8, 4, 2) if width >= size}
     copied = tuple(len(x.body) / copies_in_body(x) * size / width for width, x in loops_of.items())
     row = None
-    if kernel.startswith("direct_") and not re.search(r", [357]>", kernel):
+    if kernel.startswith("direct_") and not re.search(r", [357]( stride 2)?>", kernel):
         row = len(row_overhead(found, hot))
     built = band(found) if kernel.startswith("toeplitz_forward") else None
     return Moves(
         copied=copied,
         band=len(built.body) / built.count("LDG") if built else None,
         row=row,
-        tile=len(once(tile_loop(found), found, whole)),
+        tile=len(tile_code(found, whole)),
         block=len(prologue(code[kernel], found, whole)),
     )
 

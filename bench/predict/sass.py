@@ -226,6 +226,10 @@ def kinds(code: Iterable[Instruction]) -> Counter[str]:
     return Counter(i.kind for i in code)
 
 
+# Of the direct forward kernels' width classes; the others are called after their width.
+DIRECT_NAMES = {-2: "3 stride 2", -1: "strided", 0: "any"}
+
+
 def kernel_name(mangled: str) -> str:
     """``_C_cuda.kernels()``'s name of a convolution kernel, or "" for another function."""
     match = re.match(r"_ZN6lkconv4cuda\d+(direct_\w+?|toeplitz_\w+?|reduce_splits|pack)I(.*)EEv", mangled)
@@ -243,7 +247,7 @@ def kernel_name(mangled: str) -> str:
         shape = f"{values[0]}x{values[1]}" if kernel == "toeplitz_forward" else str(values[0])
         return f"{kernel}<{dtype}, {shape}>"
     if kernel == "direct_forward":
-        return f"{kernel}<{dtype}, { {-1: 'strided', 0: 'any'}.get(values[0], values[0]) }>"
+        return f"{kernel}<{dtype}, {DIRECT_NAMES.get(values[0], values[0])}>"
     if kernel == "direct_weight":
         return f"{kernel}<{dtype}, {'unit' if values[0] else 'strided'}>"
     return f"{kernel}<{dtype}>"

@@ -25,7 +25,8 @@ Tensor op_segmented(const Tensor& input, const OptionalTensors& weights, const O
   std::vector<ChannelSlice> slices;
   for (const Segment& s : call.segments) slices.push_back(slice_of(s));
   if (!convolve_slices(slices, m, parallel))
-    run_segments(call, [&m](const OpCall& c) {
+    run_segments(call, [&m](const Segment& s) {
+      const OpCall& c = *s.convolution;
       depthwise_conv2d(c.p, c.first, c.second, c.bias, c.out, m, parallel);
     });
   return call.output;

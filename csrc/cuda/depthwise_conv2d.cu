@@ -9,7 +9,7 @@
 #include <memory>
 #include <sstream>
 
-#include "../op_arguments.h"
+#include "../aten_convolution.h"
 #include "group_mix_kernels.h"
 #include "run.h"
 #include "stream_executor.h"
@@ -19,16 +19,30 @@ namespace {
 
 std::atomic<const std::function<bool()>*> tf32_query{nullptr};
 
+// What PyTorch makes of a call that no kernel takes: compiled graphs reach the ops without a question to the
+// planner, and the planner's answer for sliced tensors may differ from that for dense ones.
+template <class Run, class Aten>
+Tensor or_aten(Run run, Aten aten) {
+  try {
+    return run();
+  } catch (const NoKernel&) {
+    return aten();
+  }
+}
+
 Tensor op_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                   const std::vector<int64_t>& dilation) {
   StreamExecutor e(input);
   OpCall c = forward_call(input, weight, bias, stride, padding, dilation, true);
-  c.allocate(input);
-  ForwardProblem f = forward_problem(c.p);
-  f.input = c.first, f.weight = c.second, f.bias = c.bias, f.output = c.out;
-  run_forward(e, f, switches_for(c.first.dtype));
-  return c.output;
+  const auto run = [&] {
+    c.allocate(input);
+    ForwardProblem f = forward_problem(c.p);
+    f.input = c.first, f.weight = c.second, f.bias = c.bias, f.output = c.out;
+    run_forward(e, f, switches_for(c.first.dtype));
+    return c.output;
+  };
+  return or_aten(run, [&] { return aten_forward(c, input, weight, bias, stride, padding, dilation); });
 }
 
 Tensor op_backward_input(const Tensor& grad_output, const Tensor& weight,
@@ -36,10 +50,13 @@ Tensor op_backward_input(const Tensor& grad_output, const Tensor& weight,
                          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
   StreamExecutor e(grad_output);
   OpCall c = backward_input_call(grad_output, weight, input_size, stride, padding, dilation, true);
-  c.allocate(grad_output);
-  const Switches s = switches_for(c.first.dtype);
-  for (const ForwardProblem& f : backward_input_phases(c.p, c.first, c.second, c.out)) run_forward(e, f, s);
-  return c.output;
+  const auto run = [&] {
+    c.allocate(grad_output);
+    const Switches s = switches_for(c.first.dtype);
+    for (const ForwardProblem& f : backward_input_phases(c.p, c.first, c.second, c.out)) run_forward(e, f, s);
+    return c.output;
+  };
+  return or_aten(run, [&] { return aten_backward_input(c, grad_output, weight, stride, padding, dilation); });
 }
 
 Tensor op_backward_weight(const Tensor& grad_output, const Tensor& input,
@@ -47,11 +64,14 @@ Tensor op_backward_weight(const Tensor& grad_output, const Tensor& input,
                           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
   StreamExecutor e(grad_output);
   OpCall c = backward_weight_call(grad_output, input, kernel_size, stride, padding, dilation, true);
-  c.allocate(grad_output);
-  WeightProblem w = weight_problem(c.p);
-  w.grad_output = c.first, w.input = c.second, w.grad_weight = c.out;
-  run_weight(e, w, switches_for(c.first.dtype));
-  return c.output;
+  const auto run = [&] {
+    c.allocate(grad_output);
+    WeightProblem w = weight_problem(c.p);
+    w.grad_output = c.first, w.input = c.second, w.grad_weight = c.out;
+    run_weight(e, w, switches_for(c.first.dtype));
+    return c.output;
+  };
+  return or_aten(run, [&] { return aten_backward_weight(c, grad_output, input, stride, padding, dilation); });
 }
 
 std::vector<KernelName> all_kernels() {

@@ -11,13 +11,19 @@
 
 namespace lkconv::cuda {
 
+// A constant rather than a call, which device code may not make.
+template <int WidthClass>
+constexpr bool kFixedWidth = is_fixed(WidthClass);
+
 // Threads of a block, and blocks that share an SM. The latter are said aloud, because without it the compiler
 // aims at more and spills. Fixed widths hold three rows of sums and taps, 24 registers each at a width of 7.
-constexpr int direct_threads(int width) { return width > 0 ? kFixedThreads : kDirectThreads; }
+constexpr int direct_threads(int width_class) {
+  return is_fixed(width_class) ? kFixedThreads : kDirectThreads;
+}
 template <class T>
-constexpr int direct_blocks(int width) {
+constexpr int direct_blocks(int width_class) {
   if (sizeof(accumulator_t<T>) == 8) return 2;
-  return width > 0 ? (width < 7 ? 5 : 4) : 3;
+  return is_fixed(width_class) ? (width_class < 7 ? 5 : 4) : 3;
 }
 
 template <class A>
@@ -265,6 +271,36 @@ LK_DEVICE void sum_fixed(A (&acc)[kFixedRows][kStrip], const DirectForwardParams
     }
 }
 
+// The same at a stride of 2 for kernels of 3x3: 7 rows of inputs, 17 columns each, for 3 rows of outputs.
+template <class A>
+LK_DEVICE void sum_stride2(A (&acc)[kFixedRows][kStrip], const DirectForwardParams& p, const DirectTile& t,
+                           const TapChunk& chunk, const A* weights, const A* window, const DirectStrip& at) {
+  constexpr int kWidth = 3, kShift = 3, kInputs = kShift + 2 * (kStrip - 1) + kWidth;
+  const int plane = p.by_channels ? at.ch : divided_by(at.ch, p.by_channel_div);
+  const int row = 2 * (t.y0 + at.y) - chunk.pad_h - chunk.row0;  // in the window
+  const A* w = weights + at.ch * kWidth * p.weight_pitch;
+  const A* x =
+      window + plane * p.plane_pitch + row * p.row_pitch + chunk.lead / 4 * 4 + at.strip * 2 * kStrip;
+  A taps[kWidth][4];
+#pragma unroll
+  for (int u = 0; u < kWidth; ++u) load4(taps[u], w + u * p.weight_pitch);
+#pragma unroll
+  for (int u = 0; u < 2 * (kFixedRows - 1) + kWidth; ++u, x += p.row_pitch) {
+    if (unsigned(row + u) >= unsigned(chunk.rows)) continue;
+    A inputs[kInputs];
+#pragma unroll
+    for (int c = 0; c < kInputs; c += 4) load4(inputs + c, x + c);
+#pragma unroll
+    for (int q = 0; q < kFixedRows; ++q)
+      if (u >= 2 * q && u - 2 * q < kWidth)
+#pragma unroll
+        for (int v = 0; v < kWidth; ++v)
+#pragma unroll
+          for (int r = 0; r < kStrip; ++r)
+            acc[q][r] = fused_multiply_add(taps[u - 2 * q][v], inputs[kShift + v + 2 * r], acc[q][r]);
+  }
+}
+
 // Outputs of one row from registers, `Bytes` a store; `left` columns are inside.
 template <int Bytes, class T, class A>
 LK_DEVICE void store_strip(T* out, const A (&acc)[kStrip], A bias, int left) {
@@ -352,7 +388,10 @@ LK_DEVICE void run_fixed(A* shared, const DirectForwardParams& p, const DirectTi
       const DirectStrip at = direct_strip<kFixedRows>(p, i);
       if (at.y >= t.rows) continue;
       A acc[kFixedRows][kStrip] = {};
-      sum_fixed<A, KW>(acc, p, t, chunk, shared, window, at);
+      if constexpr (KW == kThreeStride2)
+        sum_stride2(acc, p, t, chunk, shared, window, at);
+      else
+        sum_fixed<A, KW>(acc, p, t, chunk, shared, window, at);
       const A bias = bias_of<T>(p, t.c0 + at.ch);
       if (p.store_bytes)
         store_strips<T>(acc, p, t, at, bias, n);
@@ -398,7 +437,7 @@ __global__ void __launch_bounds__(direct_threads(KW), direct_blocks<T>(KW))
     direct_forward(const __grid_constant__ DirectForwardParams p) {
   auto* shared = reinterpret_cast<accumulator_t<T>*>(dynamic_shared());  // weights, the window, outputs
   const DirectTile t = direct_tile(p);
-  if constexpr (KW > 0)
+  if constexpr (kFixedWidth<KW>)
     run_fixed<T, KW>(shared, p, t);
   else
     run_any<T, KW == kStrided>(shared, p, t);

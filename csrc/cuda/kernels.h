@@ -12,7 +12,7 @@ namespace lkconv::cuda {
 template <class Params>
 using Kernel = void (*)(Params);
 
-// `width_class`: kStrided, kAnyWidth or the kernel's width (3, 5, 7).
+// `width_class`: kThreeStride2, kStrided, kAnyWidth or the kernel's width (3, 5, 7).
 Kernel<DirectForwardParams> direct_forward_kernel(DType dtype, int width_class);
 Kernel<DirectWeightParams> direct_weight_kernel(DType dtype, bool unit);
 Kernel<ReduceSplitsParams> reduce_splits_kernel(DType dtype);

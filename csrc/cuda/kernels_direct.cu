@@ -9,6 +9,8 @@ namespace {
 template <class T>
 Kernel<DirectForwardParams> forward_of(int width_class) {
   switch (width_class) {
+    case kThreeStride2:
+      return direct_forward<T, kThreeStride2>;
     case kStrided:
       return direct_forward<T, kStrided>;
     case kAnyWidth:
@@ -91,11 +93,12 @@ void append_direct_kernels(std::vector<KernelName>& names) {
   };
   for (const DType dtype : {DType::f64, DType::f32, DType::f16, DType::bf16}) {
     const std::string type = std::string("<") + kDTypes[int(dtype)];
-    for (const int width : {int(kStrided), int(kAnyWidth), 3, 5, 7}) {
-      if (dtype == DType::f64 && width > 0) continue;
-      const std::string name = width == kStrided    ? "strided"
-                               : width == kAnyWidth ? "any"
-                                                    : std::to_string(width);
+    for (const int width : {int(kThreeStride2), int(kStrided), int(kAnyWidth), 3, 5, 7}) {
+      if (dtype == DType::f64 && is_fixed(width)) continue;
+      const std::string name = width == kThreeStride2 ? "3 stride 2"
+                               : width == kStrided    ? "strided"
+                               : width == kAnyWidth   ? "any"
+                                                      : std::to_string(width);
       add("direct_forward" + type + ", " + name + ">", direct_forward_kernel(dtype, width));
     }
     for (const bool unit : {true, false})

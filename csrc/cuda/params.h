@@ -68,9 +68,10 @@ struct DirectForwardParams {
 constexpr int kFixedRows = 3;
 constexpr int kFixedThreads = kDirectThreads / 2;  // each computes two strips, one after the other
 
-// Kernel widths that have their own instantiation; others take kAnyWidth, or kStrided when a stride or
-// dilation along the row is not 1.
-enum : int { kStrided = -1, kAnyWidth = 0 };
+// Kernel widths that have their own instantiation, and 3x3 at a stride of 2; others take kAnyWidth, or
+// kStrided when a stride or dilation along the row is not 1.
+enum : int { kThreeStride2 = -2, kStrided = -1, kAnyWidth = 0 };
+constexpr bool is_fixed(int width_class) { return width_class > 0 || width_class == kThreeStride2; }
 
 struct DirectWeightParams {
   int batch, channels, height, width, out_height, out_width;
@@ -101,10 +102,11 @@ struct ReduceSplitsParams {
 
 // ---- toeplitz ----
 
-constexpr int kTileRows = 16;   // M of one mma
-constexpr int kTileCols = 8;    // N of one mma
-constexpr int kBandGuard = 32;  // elements around all kernel rows, where unused fragments are loaded from
-constexpr int kBandLead = 24;   // zeros before a kernel row: a band tile reaches at most 22 taps outside
+constexpr int kTileRows = 16;       // M of one mma
+constexpr int kTileCols = 8;        // N of one mma
+constexpr int kBandGuard = 32;      // elements around all kernel rows, where unused fragments are loaded from
+constexpr int kBandLead = 24;       // zeros before a kernel row: a band tile reaches at most 22 taps outside
+constexpr int kColumnsAligned = 8;  // where a window may begin: copies and ldmatrix take 16 bytes at a time
 constexpr int kToeplitzThreads = 256;
 
 struct ToeplitzForwardParams {
@@ -117,16 +119,17 @@ struct ToeplitzForwardParams {
   int tiles_per_block, blocks_per_channel;
   int image_major;  // M runs over images first (rows of one M tile share y), else over y first
   int store_pairs;  // neighbouring columns of the output may be stored as one: rows are even and aligned
-  int input_rows;   // most rows of a window
-  int window_cols;  // most columns of a window
+  int input_rows;   // most rows of a window that lie in the image
+  int rows_above, rows_below;  // rows of zeros beside them
+  int window_cols;             // most columns of a window
   int row_pitch, image_pitch;
   WindowWalk walk;
-  int band_pitch;                              // elements of one padded kernel row
-  int zero_offset, stage_offset, stage_bytes;  // shared memory, in bytes
-  LaunchDivisor by_tiles_x, by_blocks_per_channel, by_tiles_y, by_reduce, by_channel_div, by_dil_h;
-  LaunchDivisor by_images, by_rows,
-      by_last_rows;        // tile_images; rows of a tile, and of the last one of an image
-  LaunchDivisor by_warps;  // of a block
+  int band_pitch;                 // elements of one padded kernel row
+  int stage_offset, stage_bytes;  // shared memory, in bytes
+  LaunchDivisor by_tiles_x, by_blocks_per_channel, by_tiles_y, by_reduce, by_channel_div, by_dil_h, by_dil_w;
+  LaunchDivisor by_fast,
+      by_last_fast;  // what M runs over first: images, or rows of a tile and of the last one
+  LaunchDivisor by_outside, by_warps;  // rows of zeros of an image; warps of a block
 };
 
 constexpr int kToeplitzWeightThreads = 512;

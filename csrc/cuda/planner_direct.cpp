@@ -58,8 +58,9 @@ bool same_lead(const ForwardTile& t, const ForwardProblem& f) {
 // Shared memory of a tile; fills the parameters that follow from it.
 // Bytes of a store from registers, or 0: narrower ones would fill too little of a sector of 32 bytes.
 int store_bytes(const ForwardTile& t, const ForwardProblem& f, DType dtype, bool unit, const Layout& output) {
+  const bool neighbours = unit || t.rows_each > 1;  // a strip's outputs
   const int bytes = copy_bytes(output, f.out_width, t.w < f.out_width ? t.w : kStrip, dtype);
-  return unit && output.rows_contiguous && bytes >= 8 ? bytes : 0;
+  return neighbours && output.rows_contiguous && bytes >= 8 ? bytes : 0;
 }
 
 struct Layouts {
@@ -196,11 +197,17 @@ int64_t fit(Params& p, Tile& t, const Problem& problem, DType dtype, bool unit, 
   return bytes;
 }
 
-// Whether the kernels of fixed width take the problem: see sum_fixed in direct.cuh.
-bool has_fixed_width(const ForwardProblem& f, DType dtype) {
-  if (f.stride_h != 1 || f.stride_w != 1 || f.dil_h != 1 || f.dil_w != 1 || f.reduce != 1) return false;
-  if (dtype == DType::f64) return false;
-  return (f.kernel_w == 3 || f.kernel_w == 5 || f.kernel_w == 7) && (f.pad_w - f.kernel_w / 2) % 4 == 0;
+// The kernel of fixed width that takes the problem: see sum_fixed and sum_stride2 in direct.cuh. Else those
+// of any width.
+int width_class(const ForwardProblem& f, DType dtype) {
+  const bool unit = f.stride_w == 1 && f.dil_w == 1;
+  const int any = unit ? int(kAnyWidth) : int(kStrided);
+  if (dtype == DType::f64 || f.dil_h != 1 || f.dil_w != 1 || f.reduce != 1) return any;
+  if ((f.pad_w - f.kernel_w / 2) % 4 != 0) return any;
+  if (f.stride_h == 2 && f.stride_w == 2)
+    return f.kernel_h == 3 && f.kernel_w == 3 ? int(kThreeStride2) : any;
+  if (f.stride_h != 1 || f.stride_w != 1) return any;
+  return f.kernel_w == 3 || f.kernel_w == 5 || f.kernel_w == 7 ? int(f.kernel_w) : any;
 }
 
 void fill_divisors(DirectForwardParams& p) {
@@ -232,13 +239,13 @@ Candidate<ForwardPlan> plan_direct_forward(const ForwardProblem& f, DType dtype,
   p.stride_w = int(f.stride_w);
   p.channel_div = int(f.channel_div), p.channel_mul = int(f.channel_mul), p.reduce = int(f.reduce);
   const bool unit = f.stride_w == 1 && f.dil_w == 1;
-  bool fixed = has_fixed_width(f, dtype);
-  ForwardTile t = first_tile(f, input.channels_fast, fixed ? kFixedRows : 1);
+  int& kernel = c.plan.width_class = width_class(f, dtype);
+  ForwardTile t = first_tile(f, input.channels_fast, is_fixed(kernel) ? kFixedRows : 1);
   LaunchShape& launch = c.plan.launch;
   launch.shared_bytes = fit(p, t, f, dtype, unit, {input, output}, m);
   // Little shared memory makes tiles that need more than the kernels of fixed width offer.
-  if (fixed && (t.chunk_h < f.kernel_h || !same_lead(t, f))) {
-    fixed = false, t = first_tile(f, input.channels_fast, 1);
+  if (is_fixed(kernel) && (t.chunk_h < f.kernel_h || !same_lead(t, f))) {
+    kernel = unit ? kAnyWidth : kStrided, t = first_tile(f, input.channels_fast, 1);
     launch.shared_bytes = fit(p, t, f, dtype, unit, {input, output}, m);
   }
   if (launch.shared_bytes > m.shared_per_block) {
@@ -246,7 +253,7 @@ Candidate<ForwardPlan> plan_direct_forward(const ForwardProblem& f, DType dtype,
         "one row of its window needs " + std::to_string(launch.shared_bytes) + " bytes of shared memory";
     return c;
   }
-  c.plan.width_class = !unit ? kStrided : fixed ? int(f.kernel_w) : kAnyWidth;
+  const bool fixed = is_fixed(kernel);
   p.tiles_y = int(ceil_div(f.out_height, t.h)), p.tiles_x = int(ceil_div(f.out_width, t.w));
   p.channel_groups = int(ceil_div(f.channels, t.channels));
   // Several images share a block's prologue and weights, as long as every SM still has many blocks.
@@ -274,7 +281,8 @@ Candidate<ForwardPlan> plan_direct_forward(const ForwardProblem& f, DType dtype,
                        (launch.threads * kTileInstructions + strips * kStripInstructions) / kIssuedPerCycle;
   const double staging = staged * stage_cycles(p.walk.vector_bytes, p.by_channels, dtype);
   c.plan.cycles =
-      std::max(macs / direct_rate(dtype, unit) + staging + found, bytes / kBytesPerCycle) / double(m.sms);
+      std::max(macs / direct_rate(dtype, unit || fixed) + staging + found, bytes / kBytesPerCycle) /
+      double(m.sms);
   c.possible = true;
   return c;
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 #include "planner.h"
@@ -16,9 +17,14 @@ inline GlobalView global(const TensorView& v) {
   return {v.data, v.stride_n, v.stride_c, v.stride_h, v.stride_w};
 }
 
+// No kernel takes a problem, of which nothing was launched.
+struct NoKernel : std::runtime_error {
+  explicit NoKernel(const std::string& reason) : std::runtime_error("lkconv: " + reason) {}
+};
+
 inline void check_sizes(const Geometry& g) {
   const std::string reason = size_limits(g);
-  if (!reason.empty()) throw std::runtime_error("lkconv: " + reason);
+  if (!reason.empty()) throw NoKernel(reason);
 }
 
 // A contiguous (n, c, h, w) view of new memory whose rows start at multiples of 16 bytes.
@@ -71,7 +77,7 @@ void run_forward(Executor& e, ForwardProblem f, const Switches& switches) {
   const Layout in = layout_of(f.input, f.batch, planes, f.height, f.width);
   const Layout out = layout_of(f.output, f.batch, f.channels, f.out_height, f.out_width);
   auto candidate = plan_forward(f, f.input.dtype, in, out, switches, e.machine()).front();
-  if (!candidate.possible) throw std::runtime_error("lkconv: " + candidate.reason);
+  if (!candidate.possible) throw NoKernel(candidate.reason);
   ForwardPlan& plan = candidate.plan;
   if (plan.algorithm == Algorithm::toeplitz) return run_toeplitz_forward(e, f, plan);
   DirectForwardParams& p = plan.direct;
@@ -113,7 +119,7 @@ void run_weight(Executor& e, WeightProblem w, const Switches& switches) {
     const Layout in = layout_of(w.input, w.batch, w.channels / w.channel_div, w.height, w.width);
     const Layout out = layout_of(w.grad_output, w.batch, w.channels, w.out_height, w.out_width);
     auto candidate = plan_weight(w, dtype, in, out, switches, e.machine()).front();
-    if (!candidate.possible) throw std::runtime_error("lkconv: " + candidate.reason);
+    if (!candidate.possible) throw NoKernel(candidate.reason);
     WeightPlan& plan = candidate.plan;
     void* partial = e.workspace(plan.slots * count * accumulator);
     r.partial = partial, r.splits = int(plan.slots);

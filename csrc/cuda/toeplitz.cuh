@@ -2,10 +2,10 @@
 //   Y[r, x] += sum_s X[row(r) + u, s] T_u[s, x],   T_u[s, x] = w[u, s - x + pad],
 // is a product of the input rows (M = images x output rows) with a banded Toeplitz matrix. Neither is ever
 // built: A fragments come from the staged window by ldmatrix, each lane pointing at the row its output row
-// needs (so stride and dilation along the height cost nothing, and rows outside the image point at a row of
-// zeros), and since a B fragment holds pairs of neighbouring taps, it is one 4-byte load from the zero-padded
-// kernel row, kept twice - the second copy shifted by one element - so that every pair is aligned. Tiles off
-// the band are skipped.
+// needs (so stride and dilation along the height cost nothing; the window has rows of zeros where that is
+// outside the image), and since a B fragment holds pairs of neighbouring taps, it is one 4-byte load from the
+// zero-padded kernel row, kept twice - the second copy shifted by one element - so that every pair is
+// aligned. Tiles off the band are skipped.
 #pragma once
 
 #include "toeplitz_window.cuh"
@@ -49,7 +49,7 @@ LK_DEVICE void build_band(T* shared, const ToeplitzForwardParams& p, int channel
   const int64_t down = step * p.weight.stride_h;
   for (int copy = 0; copy < Band<T>::copies; ++copy)
     for (int c = tid - first * lanes; c < p.band_pitch; c += lanes) {
-      const int q = c - kBandLead + copy, v = q / p.dil_w;
+      const int q = c - kBandLead + copy, v = divided_by(max_int(0, q), p.by_dil_w);
       const bool tap = q >= 0 && v < p.kernel_w && v * p.dil_w == q;
       const T* kernel = static_cast<const T*>(p.weight.data) +
                         int64_t(channel) * p.channel_mul * p.weight.stride_c + v * p.weight.stride_w;
@@ -62,85 +62,124 @@ LK_DEVICE void build_band(T* shared, const ToeplitzForwardParams& p, int channel
     }
 }
 
-// One tile of a block: outputs and the window they need.
-struct ToeplitzTile {
-  int64_t n0;
-  int images, y0, rows, x0;
-  int row0, input_rows, col0, k_tiles, corner;  // corner: tap at window column 0, output column 0
+// Where a block's tiles lie along the rows: the same for all of them. `corner`: tap at window column 0,
+// output column 0.
+struct ToeplitzColumns {
+  int x0, col0, k_tiles, corner;
 };
 
 template <int NT, int Depth>
-LK_DEVICE ToeplitzTile toeplitz_tile(const ToeplitzForwardParams& p, int index, int tile_x) {
+LK_DEVICE ToeplitzColumns toeplitz_columns(const ToeplitzForwardParams& p, int tile_x) {
+  ToeplitzColumns c;
+  c.x0 = tile_x * NT * kTileCols;
+  const int cols = min_int(NT * kTileCols, p.out_width - c.x0);
+  c.col0 = max_int(0, c.x0 - p.pad_w) / kColumnsAligned * kColumnsAligned;
+  const int right = min_int(p.width - 1, c.x0 - p.pad_w + cols - 1 + (p.kernel_w - 1) * p.dil_w);
+  c.k_tiles = max_int(0, ceil_div_int(right - c.col0 + 1, Depth));
+  c.corner = c.col0 - c.x0 + p.pad_w;
+  return c;
+}
+
+// One tile of a block: outputs, and the rows of the image that they need.
+struct ToeplitzTile {
+  int64_t n0;
+  int images, y0, rows, row0, input_rows;
+};
+
+LK_DEVICE ToeplitzTile toeplitz_tile(const ToeplitzForwardParams& p, int index) {
   ToeplitzTile t;
   const int tile_n = divided_by(index, p.by_tiles_y);
   t.y0 = (index - tile_n * p.tiles_y) * p.tile_h;
   t.n0 = int64_t(tile_n) * p.tile_images;
   t.images = min_int(p.tile_images, int(p.batch - t.n0));
   t.rows = min_int(p.tile_h, p.out_height - t.y0);
-  t.x0 = tile_x * NT * kTileCols;
   const int first = t.y0 * p.stride_h - p.pad_h;
   const int last = first + (t.rows - 1) * p.stride_h + (p.kernel_h - 1) * p.dil_h;
   t.row0 = max_int(0, first);
   t.input_rows = max_int(0, min_int(p.height - 1, last) - t.row0 + 1);
-  const int cols = min_int(NT * kTileCols, p.out_width - t.x0);
-  const int left = max_int(0, t.x0 - p.pad_w) / kTileRows * kTileRows;
-  const int right = min_int(p.width - 1, t.x0 - p.pad_w + cols - 1 + (p.kernel_w - 1) * p.dil_w);
-  t.col0 = left;
-  t.k_tiles = max_int(0, ceil_div_int(right - left + 1, Depth));
-  t.corner = left - t.x0 + p.pad_w;
   return t;
 }
 
+// The rows of the image that a tile's window holds, in one plane.
 template <class T>
-LK_DEVICE void window_of(const ToeplitzForwardParams& p, const ToeplitzTile& t, int channel, int j, int depth,
-                         WindowShape& shape, WindowSource& source) {
-  shape = {t.images, t.input_rows, t.k_tiles * depth, p.image_pitch, p.row_pitch};
-  const int64_t plane = int64_t(divided_by(channel, p.by_channel_div)) * p.channel_mul + j;
-  source = {static_cast<const T*>(p.input.data) + t.n0 * p.input.stride_n + plane * p.input.stride_c,
-            p.input.stride_n,
-            p.input.stride_h,
-            1,
-            t.row0,
-            t.col0,
-            p.width};
+LK_DEVICE WindowSource window_of(const ToeplitzForwardParams& p, const ToeplitzTile& t,
+                                 const ToeplitzColumns& c, int plane) {
+  return {static_cast<const T*>(p.input.data) + t.n0 * p.input.stride_n + int64_t(plane) * p.input.stride_c,
+          p.input.stride_n,
+          p.input.stride_h,
+          1,
+          t.row0,
+          c.col0,
+          p.width};
 }
 
-// Output row `r` of the tile: its image and y; false beyond the tile.
-LK_DEVICE bool tile_row(const ToeplitzForwardParams& p, const ToeplitzTile& t, int r, int& image, int& y) {
-  if (p.image_major)
-    y = divided_by(r, p.by_images), image = r - y * p.tile_images;
-  else
-    image = divided_by(r, t.rows == p.tile_h ? p.by_rows : p.by_last_rows), y = r - image * t.rows;
-  return image < t.images && y < t.rows;
+// Zeroes the rows above and below the image that some warp multiplies because another row of its outputs
+// needs those kernel rows. A thread takes whole rows.
+template <class T>
+LK_DEVICE void zero_outside(T* stage, const ToeplitzForwardParams& p, const WindowShape& s) {
+  constexpr int kVector = 16 / int(sizeof(T));
+  const int outside = p.rows_above + p.rows_below;
+  for (int i = int(threadIdx.x); i < p.tile_images * outside; i += int(blockDim.x)) {
+    const int image = divided_by(i, p.by_outside), n = i - image * outside;
+    T* row = stage + image * p.image_pitch + (n < p.rows_above ? n : n + s.rows) * p.row_pitch;
+#pragma unroll 1
+    for (int c = 0; c < s.cols; c += kVector) *reinterpret_cast<Elements<T, kVector>*>(row + c) = {};
+  }
 }
 
-// The warp's share: M tiles [first, first + count) of the tile, and the kernel rows that reach the image from
-// them.
+// Output rows of a tile, `apart` rows on each time, by image first or by y first: `fast` is that index. Where
+// a row lies - in the window, among the outputs - follows by additions.
+template <class Offset>
+struct RowWalk {
+  int left;  // rows of the tile from this one on
+  int fast, limit, step;
+  Offset at, advance, wrap;  // at: of the first row
+
+  LK_DEVICE RowWalk(const ToeplitzForwardParams& p, const ToeplitzTile& t, int first, int apart,
+                    Offset image_stride, Offset y_stride) {
+    const LaunchDivisor& by = t.rows == p.tile_h ? p.by_fast : p.by_last_fast;
+    const Offset by_fast = p.image_major ? image_stride : y_stride;
+    const Offset by_slow = p.image_major ? y_stride : image_stride;
+    const int slow = divided_by(first, by), step_slow = divided_by(apart, by);
+    limit = by.divisor;
+    left = limit * (p.image_major ? t.rows : t.images) - first;
+    fast = first - slow * limit, step = apart - step_slow * limit;
+    at = fast * by_fast + slow * by_slow;
+    advance = step * by_fast + step_slow * by_slow, wrap = by_slow - limit * by_fast;
+  }
+  // How far the next row lies from this one.
+  LK_DEVICE Offset next() {
+    fast += step;
+    const bool over = fast >= limit;
+    fast -= over ? limit : 0;
+    return over ? advance + wrap : advance;
+  }
+};
+
+// The warp's share: M tiles [first, first + count) of the tile, whose output rows begin at `y_low`, and the
+// kernel rows that reach the image from them.
 struct WarpShare {
-  int first, count, u0, u1;
+  int first, count, y_low, u0, u1;
 };
 
 LK_DEVICE WarpShare warp_share(const ToeplitzForwardParams& p, const ToeplitzTile& t) {
-  const int warp = int(threadIdx.x) / kWarp;
+  const int warp = int(shuffle(threadIdx.x / kWarp, 0));
   const int rows = p.image_major ? p.tile_images * t.rows : t.images * t.rows;
   const int tiles = ceil_div_int(rows, kTileRows), each = ceil_divided_by(tiles, p.by_warps);
   WarpShare s;
   s.first = warp * each;
   s.count = max_int(0, min_int(each, tiles - s.first));
-  int y_low = 0, y_high = t.rows - 1;
-  if (p.image_major) {
-    y_low = divided_by(s.first * kTileRows, p.by_images);
-    y_high = min_int(y_high, divided_by((s.first + max_int(1, s.count)) * kTileRows - 1, p.by_images));
-  } else if (t.images == 1) {
-    y_low = s.first * kTileRows;
-    y_high = min_int(y_high, (s.first + s.count) * kTileRows - 1);
-  }
+  int y_high = t.rows - 1;
+  s.y_low = 0;
+  // By images first, an M tile is 16 images of one output row.
+  if (p.image_major)
+    s.y_low = s.first, y_high = min_int(y_high, s.first + max_int(1, s.count) - 1);
+  else if (t.images == 1)
+    s.y_low = s.first * kTileRows, y_high = min_int(y_high, (s.first + s.count) * kTileRows - 1);
   const int top = (t.y0 + y_high) * p.stride_h - p.pad_h;  // input row of tap 0 under the lowest output row
-  const int bottom = (t.y0 + y_low) * p.stride_h - p.pad_h;
+  const int below = p.height - 1 - ((t.y0 + s.y_low) * p.stride_h - p.pad_h);
   s.u0 = ceil_divided_by(max_int(0, -top), p.by_dil_h);
-  s.u1 = p.height - 1 - bottom < 0
-             ? 0
-             : min_int(p.kernel_h, divided_by(max_int(0, p.height - 1 - bottom), p.by_dil_h) + 1);
+  s.u1 = below < 0 ? 0 : min_int(p.kernel_h, divided_by(below, p.by_dil_h) + 1);
   return s;
 }
 
@@ -175,49 +214,49 @@ LK_DEVICE void multiply_k_tile(float (&acc)[MT][NT][4], const T* const (&rows)[M
       for (int m = 0; m < MT; ++m) mma(T{}, acc[m][j], a[m], b[j][0], b[j][1]);
 }
 
+// An address `bytes` further on. In bytes, because shared memory is addressed by a register of the lane and
+// one of the warp together: what lanes have in common takes no instruction of theirs.
+template <class T>
+LK_DEVICE const T* bytes_on(const T* from, int bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const unsigned char*>(from) + bytes);
+}
+
 // acc += the warp's rows times T_u, for all kernel rows u. The k tiles run outermost: which n tiles are on
-// the band depends on them alone, and stays in predicates while u runs. Rows of A are kept as offsets from
-// the window, which advance with u; those outside the image give way to the zeros, which lie at offset
-// `zeros`.
+// the band depends on them alone, and stays in predicates while u runs. Rows of A are offsets from the
+// window, which advances with u, and meet zeros outside the image. Rows beyond the tile repeat another one's
+// window: their sums are not stored.
 template <class T, int MT, int NT>
 LK_DEVICE void multiply_window(float (&acc)[MT][NT][4], const ToeplitzForwardParams& p, const ToeplitzTile& t,
-                               const WarpShare& share, const T* window, const T* band, int zeros) {
-  constexpr int kDepth = MatrixUnit<T>::depth;
-  const int lane = int(threadIdx.x) % kWarp;
-  const int half = lane / kTileRows * (kDepth / 2);
-  const int extent = (p.kernel_w - 1) * p.dil_w, height = p.height;
-  const int step_row = p.dil_h, step_offset = p.dil_h * p.row_pitch, band_pitch = p.band_pitch;
+                               const ToeplitzColumns& c, const WarpShare& share, const T* window,
+                               const T* band) {
+  constexpr int kDepth = MatrixUnit<T>::depth, kSize = int(sizeof(T));
+  const int lane = int(threadIdx.x) % kWarp, extent = (p.kernel_w - 1) * p.dil_w;
+  const int row_bytes = p.row_pitch * kSize, y_bytes = p.stride_h * row_bytes;
+  const int step_bytes = p.dil_h * row_bytes, taps_bytes = p.band_pitch * kSize;
   const int rows_run = max_int(0, share.u1 - share.u0);
-  int row[MT], offset[MT];
+  // Input row of output row 0 and kernel row u0, in the window.
+  const int row = t.y0 * p.stride_h - p.pad_h + share.u0 * p.dil_h - t.row0 + p.rows_above;
+  window = bytes_on(window, row * row_bytes), band = bytes_on(band, share.u0 * taps_bytes);
+  int offset[MT];
+  RowWalk<int> walk(p, t, share.first * kTileRows + lane % kTileRows, kTileRows, p.image_pitch * kSize,
+                    y_bytes);
+  int at = walk.at;
 #pragma unroll
-  for (int m = 0; m < MT; ++m) {
-    int image, y;
-    const bool valid =
-        m < share.count && tile_row(p, t, (share.first + m) * kTileRows + lane % kTileRows, image, y);
-    // Rows beyond the tile start far enough below the image to stay there.
-    row[m] = valid ? (t.y0 + y) * p.stride_h - p.pad_h + share.u0 * p.dil_h : height;
-    offset[m] = valid ? image * p.image_pitch + (row[m] - t.row0) * p.row_pitch + half : 0;
-  }
-  for (int i = 0; i < t.k_tiles; ++i) {
-    const int q =
-        t.corner + i * kDepth;  // of n tile 0; n tile j spans taps q - 8 j - 7 .. q - 8 j + depth - 1
-    const int j_low = max_int(0, ceil_div_signed(q - 7 - extent, kTileCols));
-    const int j_high = min_int(NT - 1, floor_div_int(q + kDepth - 1, kTileCols));
+  for (int m = 0; m < MT; ++m, at += walk.next())
+    offset[m] = (m < share.count && walk.left > m * kTileRows ? at : share.y_low * y_bytes) +
+                lane / kTileRows * (kDepth / 2 * kSize);
+  for (int i = 0; i < c.k_tiles; ++i) {
+    // Of n tile 0; n tile j spans taps q - 8 j - 7 .. q - 8 j + depth - 1.
+    const int q = c.corner + i * kDepth;
+    const int j_low = max_int(0, (q - extent) >> 3), j_high = min_int(NT - 1, (q + kDepth - 1) >> 3);
     if (j_low > j_high) continue;
-    const T* taps = band + share.u0 * band_pitch + i * kDepth;
-    const T* columns = window + i * kDepth;
-    for (int u = share.u0; u < share.u1; ++u) {
+    const T *taps = band + i * kDepth, *columns = window + i * kDepth;
+    for (int n = 0; n < rows_run; ++n) {
       const T* rows[MT];
 #pragma unroll
-      for (int m = 0; m < MT; ++m) {
-        rows[m] = columns + (unsigned(row[m]) < unsigned(height) ? offset[m] : zeros + half);
-        row[m] += step_row, offset[m] += step_offset;
-      }
-      multiply_k_tile<T, MT, NT>(acc, rows, taps, j_low, j_high);
-      taps += band_pitch;
+      for (int m = 0; m < MT; ++m) rows[m] = bytes_on(bytes_on(columns, n * step_bytes), offset[m]);
+      multiply_k_tile<T, MT, NT>(acc, rows, bytes_on(taps, n * taps_bytes), j_low, j_high);
     }
-#pragma unroll
-    for (int m = 0; m < MT; ++m) row[m] -= rows_run * step_row, offset[m] -= rows_run * step_offset;
   }
 }
 
@@ -244,83 +283,86 @@ LK_DEVICE void store_row(T* out, int64_t stride_w, const float (&acc)[NT][4], in
 
 template <class T, bool Pairs, int MT, int NT>
 LK_DEVICE void store_outputs(const float (&acc)[MT][NT][4], const ToeplitzForwardParams& p,
-                             const ToeplitzTile& t, const WarpShare& share, int channel) {
-  const int lane = int(threadIdx.x) % kWarp, x = t.x0 + lane % 4 * 2;
+                             const ToeplitzTile& t, const ToeplitzColumns& c, const WarpShare& share,
+                             int channel) {
+  const int lane = int(threadIdx.x) % kWarp, x = c.x0 + lane % 4 * 2;
   float bias = 0;
   if (p.bias.data) bias = to_float(static_cast<const T*>(p.bias.data)[int64_t(channel) * p.bias.stride_c]);
-  T* plane = static_cast<T*>(p.output.data) + t.n0 * p.output.stride_n +
-             int64_t(channel) * p.output.stride_c + t.y0 * p.output.stride_h + x * p.output.stride_w;
+  const GlobalView& to = p.output;
+  T* plane = static_cast<T*>(to.data) + t.n0 * to.stride_n + int64_t(channel) * to.stride_c +
+             t.y0 * to.stride_h + x * to.stride_w;
+  // In bytes: an addition to a pointer is one, with no shift.
+  RowWalk<int64_t> walk(p, t, share.first * kTileRows + lane / 4, 8, to.stride_n * int64_t(sizeof(T)),
+                        to.stride_h * int64_t(sizeof(T)));
+  const int left = min_int(walk.left, share.count * kTileRows),
+            images = p.image_major ? t.images : walk.limit;
+  unsigned char* out = reinterpret_cast<unsigned char*>(plane) + walk.at;
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      int image, y;
-      if (m >= share.count || !tile_row(p, t, (share.first + m) * kTileRows + lane / 4 + 8 * h, image, y))
-        continue;
-      store_row<T, Pairs, NT>(plane + image * p.output.stride_n + y * p.output.stride_h, p.output.stride_w,
-                              acc[m], h, bias, p.out_width - x);
+      if (left > m * kTileRows + 8 * h && walk.fast < images)
+        store_row<T, Pairs, NT>(reinterpret_cast<T*>(out), to.stride_w, acc[m], h, bias, p.out_width - x);
+      out += walk.next();
     }
 }
 
-// A block: one channel, one column of tiles, `tiles_per_block` of them, two stages deep.
+// A block: one channel, one column of tiles, `tiles_per_block` of them, two stages deep. A step is the window
+// of one of a tile's `reduce` input channels.
 template <class T, int MT, int NT>
 __global__ void __launch_bounds__(kToeplitzThreads, 2)
     toeplitz_forward(const __grid_constant__ ToeplitzForwardParams p) {
   constexpr int kDepth = MatrixUnit<T>::depth;
   unsigned char* shared = dynamic_shared();
   T* band = reinterpret_cast<T*>(shared) + kBandGuard;
-  T* zeros = reinterpret_cast<T*>(shared + p.zero_offset);
   const int block = int(blockIdx.x), column = divided_by(block, p.by_tiles_x);
-  const int tile_x = block - column * p.tiles_x, channel = divided_by(column, p.by_blocks_per_channel);
+  const int channel = divided_by(column, p.by_blocks_per_channel);
+  const ToeplitzColumns columns = toeplitz_columns<NT, kDepth>(p, block - column * p.tiles_x);
   const int first = (column - channel * p.blocks_per_channel) * p.tiles_per_block;
-  const int tiles = min_int(p.tiles_per_block, p.tiles_n * p.tiles_y - first), steps = tiles * p.reduce;
-  const auto stage = [&](int step) {
+  const int end = min_int(first + p.tiles_per_block, p.tiles_n * p.tiles_y);
+  const int plane = divided_by(channel, p.by_channel_div) * p.channel_mul;
+  const auto stage_of = [&](int step) {
     return reinterpret_cast<T*>(shared + p.stage_offset + step % 2 * p.stage_bytes);
   };
-  const auto prepare = [&](int step, WindowShape& shape, WindowSource& source) {
-    const int tile = divided_by(step, p.by_reduce);
-    const ToeplitzTile t = toeplitz_tile<NT, kDepth>(p, first + tile, tile_x);
-    window_of<T>(p, t, channel, step - tile * p.reduce, kDepth, shape, source);
-    return t;
+  const auto window = [&](const ToeplitzTile& t, int j, WindowShape& shape, WindowSource& source) {
+    shape = {t.images, t.input_rows, columns.k_tiles * kDepth, p.image_pitch, p.row_pitch};
+    source = window_of<T>(p, t, columns, plane + j);
   };
   WindowShape shape;
   WindowSource source;
-  prepare(0, shape, source);
-  issue_window(stage(0), shape, source, p.walk);
+  const int image_offset = p.rows_above * p.row_pitch;
+  // Rows outside the image lie in the same places of every tile that is as high as the image.
+  const auto issue = [&](int step, int tile, int j) {
+    window(toeplitz_tile(p, tile), j, shape, source);
+    T* stage = stage_of(step);
+    if (step < 2 || p.tiles_y > 1) zero_outside(stage, p, shape);
+    issue_window(stage + image_offset, shape, source, p.walk);
+  };
+  issue(0, first, 0);
   commit_copies();
   build_band(band, p, channel);
-  zero_words(zeros, p.stage_offset - p.zero_offset);
-  const int band_elements = p.reduce * p.kernel_h * p.band_pitch;
-  float acc[MT][NT][4] = {};
-  for (int step = 0; step < steps; ++step) {
-    if (step + 1 < steps) {
-      prepare(step + 1, shape, source);
-      issue_window(stage(step + 1), shape, source, p.walk);
-    }
-    commit_copies();
-    const ToeplitzTile t = prepare(step, shape, source);
-    wait_copies<1>();
-    round_window(stage(step), shape, source, p.walk);
-    sync_block();
+  const T* taps = band + Band<T>::lane_offset(columns.corner, p.reduce * p.kernel_h * p.band_pitch);
+  for (int tile = first, step = 0; tile < end; ++tile) {
+    const ToeplitzTile t = toeplitz_tile(p, tile);
     const WarpShare share = warp_share(p, t);
-    if (share.count > 0) {
-      const int j = step - divided_by(step, p.by_reduce) * p.reduce;
-      const T* taps = band + Band<T>::lane_offset(t.corner, band_elements) + j * p.kernel_h * p.band_pitch;
-      multiply_window<T, MT, NT>(acc, p, t, share, stage(step), taps, int(zeros - stage(step)));
-      if (j == p.reduce - 1) {
-        if (p.store_pairs)
-          store_outputs<T, true>(acc, p, t, share, channel);
-        else
-          store_outputs<T, false>(acc, p, t, share, channel);
-#pragma unroll
-        for (int m = 0; m < MT; ++m)
-#pragma unroll
-          for (int j = 0; j < NT; ++j)
-#pragma unroll
-            for (int k = 0; k < 4; ++k) acc[m][j][k] = 0;
-      }
+    float acc[MT][NT][4] = {};
+    for (int j = 0; j < p.reduce; ++j, ++step) {
+      const int next = j + 1 < p.reduce ? tile : tile + 1;
+      if (next < end) issue(step + 1, next, next == tile ? j + 1 : 0);
+      commit_copies();
+      T* stage = stage_of(step);
+      wait_copies<1>();
+      window(t, j, shape, source);
+      round_window(stage + image_offset, shape, source, p.walk);
+      sync_block();
+      if (share.count > 0)
+        multiply_window<T, MT, NT>(acc, p, t, columns, share, stage, taps + j * p.kernel_h * p.band_pitch);
+      sync_block();  // the next step overwrites this stage
     }
-    sync_block();  // the next step overwrites this stage
+    if (p.store_pairs)
+      store_outputs<T, true>(acc, p, t, columns, share, channel);
+    else
+      store_outputs<T, false>(acc, p, t, columns, share, channel);
   }
   wait_copies<0>();
 }

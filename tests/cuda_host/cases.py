@@ -78,6 +78,11 @@ GPU_TILES = (
     Case((2, 3, 10, 16), (5, 5), (0, 0)),
     Case((2, 3, 10, 24), (3, 3), (2, 2)),
     Case((1, 2, 14, 16), (51, 5), (25, 6)),
+    # 3x3 at a stride of 2: rows and columns of tiles, partial strips, several images a block, other padding
+    Case((1, 3, 17, 24), (3, 3), (1, 1), stride=(2, 2)),
+    Case((2, 1, 150, 144), (3, 3), (1, 1), stride=(2, 2)),
+    Case((130, 1, 6, 8), (3, 3), (1, 1), stride=(2, 2)),
+    Case((2, 2, 15, 20), (3, 3), (0, 5), stride=(2, 2), multiplier=2),
     # layouts: staged by channels, packed to planes, copied by elements, read again and again
     same((2, 20, 9, 11), (7, 7), "nhwc"),
     same((1, 9, 14, 16), (13, 13), "nhwc"),
