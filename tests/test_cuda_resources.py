@@ -42,8 +42,8 @@ def family(kernel: KernelResources) -> str:
 
 
 def fixed_width_registers(kernel: str) -> int:
-    """Three blocks of 256 threads an SM; of the direct kernels of fixed width, and of the one for a stride of 2
-    (-2), five of 128, or four at 7."""
+    """Three blocks of 256 threads an SM; of the direct kernels of fixed width, and for a stride of 2 (-2),
+    five of 128, or four at 7."""
     width = int(kernel.rsplit(",", 1)[1].strip(" >()int"))
     return 80 if width in (-1, 0) else 96 if width < 7 else 128
 
