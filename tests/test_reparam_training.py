@@ -42,6 +42,12 @@ def _nodes(block, x, path=None):
     return sum(e.count for e in profile.key_averages() if e.key == "BatchStatisticsSum")
 
 
+def test_the_planner_trains_a_mixer_in_place():
+    """By its costs, without being asked to: in float32, as trained."""
+    block = reparam.RepMixer(64, 3).train()
+    assert _nodes(block, torch.randn(2, 64, 56, 56)) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "nodes"),
     [("repmixer", {None: 1, "fused-recompute": 1}), ("slak", {None: 1, "fused-recompute": 2})],

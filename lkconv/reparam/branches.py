@@ -181,7 +181,8 @@ def _taps_in_place(
     dtype = autocast_dtype(input) or input.dtype
     if input.device.type != "cpu" or backends.namespace(input.device, dtype) != "lkconv":
         return None
-    geometries = [None if p.conv is None else p.geometry(target) for p in parts]
+    first = [parts[members[0]] for members in _of_one_output(parts)]
+    geometries = [None if p.conv is None else p.geometry(target) for p in first]
     how = normalised_branches.arrange(input, geometries, out_channels, dtype)
     kernels = () if how is None else how.kernels
     return tuple(math.prod(g.kernel_size) for b in kernels if (g := geometries[b]) is not None)
