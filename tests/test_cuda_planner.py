@@ -77,6 +77,17 @@ def test_direct_blocks_take_several_images_where_there_are_many() -> None:
     assert many["blocks"] >= 16 * H100[0]
 
 
+@pytest.mark.parametrize(("stride", "count"), (((1, 1), 1), ((2, 2), 4), ((3, 2), 6)))
+def test_calls_list_the_plan_of_every_stride_phase(stride: tuple[int, int], count: int) -> None:
+    chosen = plans("backward_input", (32, 256, 56, 56), 3, "bfloat16", stride=stride)[0]
+    phases = chosen["problems"]
+    assert len(phases) == len(chosen["launches"]) == count
+    for key in ("flops", "cycles"):
+        assert sum(p[key] for p in phases) == pytest.approx(chosen[key])
+    for phase, launch in zip(phases, chosen["launches"], strict=True):
+        assert all(phase[key] == launch[key] for key in ("blocks", "threads", "shared_bytes"))
+
+
 @pytest.mark.parametrize(
     ("dtype", "tf32", "stride", "reason"),
     [

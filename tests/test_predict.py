@@ -6,9 +6,12 @@ Recorded disassembly is in ``tests/sass``; what needs the built CUDA module or N
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import re
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -222,13 +225,51 @@ def test_taps_inside_the_image(g: Geometry) -> None:
 
 
 def test_backward_input_is_a_forward() -> None:
-    assert HERO.transposed() == HERO
+    (back,) = HERO.phases()
+    assert back == replace(HERO, outputs=HERO.out)
     g = Geometry(1, 2, 20, 22, (5, 3), (1, 1), (0, 2), (1, 2))
-    back = g.transposed()
-    assert (back.height, back.width) == g.out and back.out == (20, 22)
+    (back,) = g.phases()
+    assert (back.height, back.width) == g.out and back.out == (20, 22) and back.apart == 1
     assert back.inside_taps() == g.inside_taps()
-    with pytest.raises(ValueError, match="phases"):
-        Geometry(1, 2, 20, 22, (3, 3), (2, 2), (1, 1)).transposed()
+
+
+@pytest.mark.parametrize(
+    "g",
+    [
+        Geometry(1, 1, 56, 56, (3, 3), (2, 2), (1, 1)),
+        Geometry(1, 1, 9, 14, (7, 4), (2, 3), (3, 0)),
+        Geometry(1, 1, 20, 22, (5, 6), (4, 2), (1, 2), (3, 3)),
+        Geometry(1, 1, 1, 8, (3, 3), (2, 2), (1, 1)),  # one row of inputs, one phase along it
+    ],
+    ids=str,
+)
+def test_backward_input_with_a_stride_is_a_forward_for_each_phase(g: Geometry) -> None:
+    """Phase (r, s) has inputs r, r + stride, ...; their taps are counted from a convolution's definition."""
+    (h, w), (kh, kw), (sh, sw) = g.out, g.kernel, g.stride
+    taps: Counter[tuple[int, int]] = Counter()
+    for y, u in itertools.product(range(h), range(kh)):
+        for x, v in itertools.product(range(w), range(kw)):
+            row, col = y * sh - g.padding[0] + u * g.dilation[0], x * sw - g.padding[1] + v * g.dilation[1]
+            if 0 <= row < g.height and 0 <= col < g.width:
+                taps[row % sh, col % sw] += 1
+    found = g.phases()
+    order = list(itertools.product(range(min(sh, g.height)), range(min(sw, g.width))))
+    assert [p.inside_taps() for p in found] == [taps[phase] for phase in order]
+    assert sum(p.elements()[1] for p in found) == g.elements()[0]
+    assert {(p.height, p.width, p.stride, p.apart) for p in found} == {(h, w, (1, 1), sw)}
+
+
+def test_phases_without_taps_are_refused() -> None:
+    with pytest.raises(ValueError, match="no tap reaches"):
+        Geometry(1, 1, 8, 8, (1, 1), (2, 2), (0, 0)).phases()
+
+
+def test_outputs_that_are_apart_move_whole_sectors() -> None:
+    whole = Geometry(1, 4, 28, 28, (1, 1), (1, 1), (0, 0))
+    x, y, weights = whole.elements()
+    for apart, moved in ((1, 1), (2, 2), (16, 16), (20, 16)):
+        assert cuda.tensor_bytes(replace(whole, apart=apart), "float16") == 2 * (x + moved * y + weights)
+    assert cuda.tensor_bytes(replace(whole, apart=20), "float32") == 4 * (x + 8 * y + weights)
 
 
 def test_a_warp_runs_as_long_as_its_longest_thread() -> None:
@@ -277,22 +318,25 @@ def test_a_missing_module_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("pass_name", tables.PASSES)
-@pytest.mark.parametrize("dtype", ("bfloat16", "tf32"))
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16", "tf32"))
 def test_products_are_counted_as_the_planner_counts_them(pass_name: str, dtype: str) -> None:
     """Two derivations of one number: the planner's cost model and this one walk the same tiles."""
     built_module()
     seen = 0
+    # Forward and backward_weight take no Toeplitz kernel at a stride along the row, stride phases do.
+    strides = ((1, 1), (2, 2)) if pass_name == "backward_input" else ((1, 1), (2, 1))
     for size in ((64, 384, 32, 32), (32, 128, 56, 56), (32, 512, 14, 14), (32, 64, 7, 7), (1, 384, 30, 50)):
         for kernel in ((3, 3), (7, 7), (13, 13), (31, 31), (51, 5), (5, 51)):
             padding = (kernel[0] // 2, kernel[1] // 2)
-            g = Geometry(*size, kernel, (1, 1), padding)
-            plan = tables.planned(g, pass_name, dtype)
-            if plan["algorithm"] != "toeplitz":
-                continue
-            depth, seen = (8 if dtype == "tf32" else 16), seen + 1
-            expected = plan["flops"] / (2 * 16 * 8 * depth)
-            assert geometry.matrix_products(g, pass_name, dtype, plan) == expected, g
-    assert seen >= 10
+            for stride in strides:
+                g = Geometry(*size, kernel, stride, padding)
+                plan = tables.planned(g, pass_name, dtype)
+                if any(problem["algorithm"] != "toeplitz" for problem in plan["problems"]):
+                    continue
+                depth, seen = geometry.DEPTH[dtype], seen + 1
+                expected = plan["flops"] / (2 * 16 * 8 * depth)
+                assert geometry.matrix_products(g, pass_name, dtype, plan) == expected, g
+    assert seen >= 20
 
 
 @pytest.fixture(scope="module")
@@ -314,12 +358,37 @@ def test_every_convolution_kernel_is_read(machine_code) -> None:
 
 
 def test_nothing_is_predicted_below_its_floor(machine_code) -> None:
-    rows = tables.cuda_predictions(*machine_code)
+    rows = tables.cuda_predictions(*machine_code, (*tables.DTYPES, "float16"))
     assert {p for r in rows for p in r.passes} == set(tables.PASSES)
+    strided = [r for r in rows if r.passes == ("backward_input",) and len(r.launches) == 4]
+    assert {r.dtype for r in strided} == {*tables.DTYPES, "float16"}
     for row in rows:
         assert all(math.isfinite(v) and v >= 0 for s in row.seconds for v in s.values())
         assert row.time >= row.floor, f"{row.layer}, {row.dtype}, {row.passes}"
         assert row.per_sm >= 1, row
+
+
+@pytest.mark.parametrize("dtype", (*tables.DTYPES, "float16"))
+@pytest.mark.parametrize("pass_name", tables.PASSES)
+def test_launches_are_those_of_the_launcher(pass_name: str, dtype: str, machine_code) -> None:
+    """The planner records what the launcher runs: here for every layer, strides among them."""
+    code, _ = machine_code
+    for layer in tables.chosen_layers():
+        g = tables.geometry(layer)
+        plan = tables.planned(g, pass_name, dtype)
+        expected = [(x["name"], x["blocks"], x["threads"], x["shared_bytes"]) for x in plan["launches"]]
+        found = cuda.launches(code, g, pass_name, dtype, plan)
+        assert [(x.kernel.split("<")[0], x.blocks, x.threads, x.shared) for x in found] == expected, layer
+
+
+def test_narrow_kernels_jump_over_the_loop_of_four_taps(machine_code) -> None:
+    code, _ = machine_code
+    found = sass.loops(code["direct_forward<float32, any>"])
+    rows = [kernel_loops.narrow_row(found, sass.products(found), taps * geometry.STRIP) for taps in (1, 2)]
+    assert [sum(i.name == "FFMA" for i in row) for row in rows] == [8, 16]
+    assert len(rows[1]) - len(rows[0]) == 8 and len(rows[0]) < 50
+    with pytest.raises(LookupError, match="no jump"):
+        kernel_loops.narrow_row(found, found[0], 8)
 
 
 def test_channels_last_packs_or_is_refused(machine_code) -> None:
@@ -362,14 +431,28 @@ def test_walks_reach_every_row(images: int, rows: int, most: int) -> None:
             assert walk.outer * walk.inner * (threads // lanes) >= images * rows
 
 
-def test_command_writes_the_page(machine_code, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def page(machine_code, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the command writes of the CUDA kernels."""
     from bench.__main__ import main
 
-    path = tmp_path / "page.md"
+    path = tmp_path_factory.mktemp("page") / "page.md"
     path.write_text(f"{tables.BEGIN}\n{tables.END}\n")
     assert main(["predict", "--no-triton", "--write", str(path)]) == 0
-    text = path.read_text()
-    assert "Predicted times of the CUDA kernels" in text and "Triton" not in text
+    return path.read_text().split(tables.BEGIN)[1].split(tables.END)[0].strip()
+
+
+def test_command_writes_the_page(page: str) -> None:
+    assert "Predicted times of the CUDA kernels" in page and "Triton" not in page
+    assert "kernels in float16" in page and "`toeplitz_forward<float16, 4x4>`" in page
+
+
+def test_documented_predictions_are_those_of_the_module(page: str) -> None:
+    version, _ = documented()
+    if version != built_module().toolkit():
+        pytest.skip(f"the document was read from CUDA {version}, the module is of {built_module().toolkit()}")
+    text = DOCUMENT.read_text().split(tables.BEGIN)[1].split("#### Hot loops of the Triton kernels")[0]
+    assert text.strip() == page, "run python -m bench predict --write docs/performance.md"
 
 
 def documented() -> tuple[str, dict[str, tuple[int, int]]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .geometry import (
+    DEPTH,
     FIXED_ROWS,
     MMA_COLS,
     MMA_ROWS,
@@ -37,6 +38,7 @@ from .kernel_loops import (
     copies_in_body,
     is_copy,
     len_of,
+    narrow_row,
     once,
     prologue,
     row_overhead,
@@ -46,10 +48,11 @@ from .kernel_loops import (
     tile_loop,
     unwanted,
 )
-from .machine import Work
+from .machine import SECTOR, Work
 from .sass import DIRECT_NAMES, Loop, enclosed, enclosing, exclusive, find, longest_path, loops, products
 
 REDUCE_THREADS = 256
+TAPS_AT_ONCE = 4  # of a kernel row, in the direct kernels of any width
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,11 @@ def add_sides(work: Work, found: list[Loop], nth: int, warps: int, times: float)
         work.add(sides[nth].body, times * warps)
 
 
-def store_bytes(width: int, tile_w: int, dtype: str) -> int:
+def store_bytes(g: Geometry, tile_w: int, dtype: str) -> int:
     """Of a direct kernel's store from registers; 0 where it would be narrower than 8 bytes."""
+    if g.apart > 1:
+        return 0
+    width = g.out[1]
     found = vector_bytes(width if tile_w >= width else math.gcd(width, tile_w), dtype)
     return found if found >= 8 else 0
 
@@ -107,8 +113,8 @@ def direct_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
     threads, warps, strips = plan["threads"], plan["threads"] // 32, ceil_div(tile_w, STRIP)
     rows_each = FIXED_ROWS if fixed else 1
     row_groups = ceil_div(tile_h, rows_each)
-    widths = Widths(vector_bytes(g.width, dtype), 0 if width == -1 else store_bytes(g.out[1], tile_w, dtype))
-    work, hot = Work(), products(found)
+    widths = Widths(vector_bytes(g.width, dtype), 0 if width == -1 else store_bytes(g, tile_w, dtype))
+    work = Work()
     work.add(prologue(code[kernel], found, widths), plan["blocks"] * warps)
     weights = find(
         found,
@@ -138,8 +144,7 @@ def direct_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
                 add_fixed_strips(work, found, g, widths, planes * strip_warps)
             else:
                 run = warp_rows(g, y0, rows, strips, tile_h, channels, warps)
-                work.add(hot.body, planes * run * g.kernel[1] * STRIP * 32 / hot.macs)
-                work.add(row_overhead(found, hot), planes * run)
+                add_rows(work, found, g, name, planes * run)
             if widths.store == 0:
                 store = find(
                     found,
@@ -153,6 +158,16 @@ def direct_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
                     work.add(exclusive(line, found), lines)
                 work.add(store.body, lines * ceil_div(cols, lanes_of(tile_w)) / store.count("STG"))
     return Launch(kernel, plan["blocks"], threads, plan["shared_bytes"], work, tensor_bytes(g, dtype))
+
+
+def add_rows(work: Work, found: list[Loop], g: Geometry, name: str, times: float) -> None:
+    """Kernel rows of the kernels of any width."""
+    hot = products(found)
+    if name == "any" and g.kernel[1] < TAPS_AT_ONCE:
+        work.add(narrow_row(found, hot, g.kernel[1] * STRIP), times)
+        return
+    work.add(hot.body, times * g.kernel[1] * STRIP * 32 / hot.macs)
+    work.add(row_overhead(found, hot), times)
 
 
 def add_fixed_strips(work: Work, found: list[Loop], g: Geometry, widths: Widths, times: float) -> None:
@@ -230,14 +245,14 @@ def direct_weight(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
 def toeplitz_forward(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
     m_tiles, n_tiles = plan["kernel"]
     kernel = f"toeplitz_forward<{dtype}, {m_tiles}x{n_tiles}>"
-    found, depth = loops(code[kernel]), 8 if dtype == "tf32" else 16
+    found, depth = loops(code[kernel]), DEPTH[dtype]
     _, images, tile_h, tile_w = plan["tile"]
     threads, warps, vector = (
         plan["threads"],
         plan["threads"] // 32,
         vector_bytes(g.width, dtype, plan["packs"] > 0),
     )
-    pairs = g.out[1] % 2 == 0 or plan["packs"] > 0
+    pairs = (g.out[1] % 2 == 0 and g.apart == 1) or plan["packs"] > 0
     widths = Widths(vector, SIZE[dtype] * (2 if pairs else 1))
     hot, work, each_tile = products(found), Work(), tile_code(found, widths)
     repeats = ceil_div(g.batch, images) * g.channels
@@ -304,7 +319,7 @@ def add_rounding(work: Work, found: list[Loop], nth: int, walk: Walk, vector: in
 def toeplitz_weight(code: Code, g: Geometry, dtype: str, plan: dict) -> Launch:
     diagonals = plan["kernel"][0]
     kernel = f"toeplitz_weight<{dtype}, {diagonals}>"
-    found, depth = loops(code[kernel]), 8 if dtype == "tf32" else 16
+    found, depth = loops(code[kernel]), DEPTH[dtype]
     _, images, tile_h, tile_w = plan["tile"]
     threads, warps = plan["threads"], plan["threads"] // 32
     packed = plan["packs"] > 0
@@ -382,25 +397,37 @@ def map_bytes(g: Geometry, dtype: str) -> int:
 
 
 def tensor_bytes(g: Geometry, dtype: str) -> int:
-    return map_bytes(g, dtype) + g.elements()[2] * SIZE[dtype]
+    """Of all tensors, in whole sectors: what lies between outputs that are apart is moved with them."""
+    _, y, weights = g.elements()
+    between = y * (min(g.apart, SECTOR // SIZE[dtype]) - 1)
+    return map_bytes(g, dtype) + (weights + between) * SIZE[dtype]
 
 
 def launches(code: Code, g: Geometry, pass_name: str, dtype: str, plan: dict) -> list[Launch]:
     """What one call runs, in order. ``plan`` is the planner's first candidate for it.
 
-    Raises ``ValueError`` for direct kernels over channels_last tensors, which stage by channels.
+    Raises ``ValueError`` for direct kernels over channels_last tensors, which stage by channels, and for
+    stride phases that no tap reaches.
     """
+    seen = g.phases() if pass_name == "backward_input" else [g]
+    found = []
+    for problem, chosen in zip(seen, plan["problems"], strict=True):
+        found += problem_launches(code, problem, pass_name, dtype, chosen)
+    return found
+
+
+def problem_launches(code: Code, g: Geometry, pass_name: str, dtype: str, plan: dict) -> list[Launch]:
     weight = pass_name == "backward_weight"
-    seen = g.transposed() if pass_name == "backward_input" else g
     kernels: dict[str, Callable[..., Launch]] = {
         "direct": direct_weight if weight else direct_forward,
         "toeplitz": toeplitz_weight if weight else toeplitz_forward,
     }
     found = []
     if plan["packs"]:
-        x, y, _ = seen.elements()
+        x, y, _ = g.elements()
         found = [pack(code, x, dtype), pack(code, y, dtype)]
-    found.append(kernels[plan["algorithm"]](code, seen, dtype, plan))
+        g = replace(g, apart=1)  # packed outputs have no gaps
+    found.append(kernels[plan["algorithm"]](code, g, dtype, plan))
     if weight:
         found.append(reduce_splits(code, g, dtype, plan["workspace_slots"]))
     return found

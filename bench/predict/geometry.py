@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-SIZE = {"float32": 4, "tf32": 4, "bfloat16": 2}
+SIZE = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
+DEPTH = {"tf32": 8, "bfloat16": 16, "float16": 16}  # of a matrix product
 STRIP = 8  # outputs of a row, or taps, of a thread of the direct kernels
 FIXED_ROWS = 3  # rows of outputs of a thread, in those of a fixed width
 MMA_ROWS, MMA_COLS = 16, 8
@@ -18,7 +19,11 @@ COLUMNS_ALIGNED = 8  # where the Toeplitz forward kernel's windows begin
 
 @dataclass(frozen=True)
 class Geometry:
-    """A convolution as a kernel sees it; backward_input is one with other padding."""
+    """A convolution as a kernel sees it; backward_input is one or several with other padding.
+
+    ``outputs`` is needed where padding is not the same on both sides, and outputs of a row that lie ``apart``
+    elements from each other have those of other stride phases between them.
+    """
 
     batch: int
     channels: int
@@ -28,25 +33,35 @@ class Geometry:
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int] = (1, 1)
+    outputs: tuple[int, int] | None = None
+    apart: int = 1
 
     @property
     def out(self) -> tuple[int, int]:
+        if self.outputs is not None:
+            return self.outputs
         sizes = zip(
             (self.height, self.width), self.kernel, self.stride, self.padding, self.dilation, strict=True
         )
         h, w = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
         return h, w
 
-    def transposed(self) -> Geometry:
-        """backward_input's: the flipped kernel over grad_output. Stride 1 only; others run in phases."""
-        if self.stride != (1, 1):
-            raise ValueError("backward_input with a stride runs in phases, which are not predicted")
-        above, left = (
-            d * (k - 1) - p for k, p, d in zip(self.kernel, self.padding, self.dilation, strict=True)
+    def phases(self) -> list[Geometry]:
+        """What backward_input runs: the flipped kernel over grad_output, for each stride phase the taps that
+        reach its inputs. The order is that of `backward_input_phases` in csrc/problem.h."""
+        axes = zip(
+            (self.height, self.width), self.kernel, self.stride, self.padding, self.dilation, strict=True
         )
-        return Geometry(
-            self.batch, self.channels, *self.out, self.kernel, (1, 1), (above, left), self.dilation
-        )
+        rows, cols = ([phase_axis(r, *axis) for r in range(min(axis[2], axis[0]))] for axis in axes)
+        maps, apart = (self.batch, self.channels, *self.out), self.stride[1]
+        found = []
+        for y in rows:
+            for x in cols:
+                kernel, padding, dilation, count = zip(y, x, strict=True)
+                if 0 in kernel:
+                    raise ValueError("stride phases that no tap reaches are not predicted")
+                found.append(Geometry(*maps, kernel, (1, 1), padding, dilation, count, apart))
+        return found
 
     def elements(self) -> tuple[int, int, int]:
         """Of the input, the output and the weight."""
@@ -75,6 +90,18 @@ class Geometry:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def phase_axis(
+    r: int, size: int, kernel: int, stride: int, padding: int, dilation: int
+) -> tuple[int, int, int, int]:
+    """Taps, padding, dilation and outputs of inputs r, r + stride, ... along one axis."""
+    common = math.gcd(stride, dilation)
+    step, apart = stride // common, dilation // common
+    tap = next((u for u in range(min(kernel, step)) if (r + padding - u * dilation) % stride == 0), kernel)
+    taps = ceil_div(kernel - tap, step)
+    first = (r + padding - tap * dilation) // stride  # row of grad_output under the first of both
+    return taps, (taps - 1) * apart - first, apart, ceil_div(size - r, stride)
 
 
 def spans(size: int, tile: int) -> list[tuple[int, int]]:
@@ -240,22 +267,31 @@ def weight_columns(
 
 def matrix_products(g: Geometry, pass_name: str, dtype: str, plan: dict) -> int:
     """mma instructions of a Toeplitz plan, counted as the kernels run them; the planner counts the same."""
-    depth = 8 if dtype == "tf32" else 16
-    _, images, tile_h, tile_w = plan["tile"]
     if pass_name == "backward_weight":
-        own = owned_rows(g, plan)
-        band_tiles = sum(
-            weight_columns(g, x0, cols, own.first_diagonal, plan["kernel"][0], own.diagonal_chunks)[2]
-            for x0, cols in spans(g.out[1], tile_w)
-        )
-        tiles = ceil_div(g.batch, images) * ceil_div(g.out[0], tile_h)
-        groups = ceil_div(g.kernel[0], own.rows_each)
-        return band_tiles * ceil_div(images * tile_h, depth) * tiles * g.channels * groups * own.rows_each
-    seen = g.transposed() if pass_name == "backward_input" else g
+        return weight_products(g, dtype, plan)
+    seen = g.phases() if pass_name == "backward_input" else [g]
+    return sum(forward_products(s, dtype, p) for s, p in zip(seen, plan["problems"], strict=True))
+
+
+def weight_products(g: Geometry, dtype: str, plan: dict) -> int:
+    _, images, tile_h, tile_w = plan["tile"]
+    own = owned_rows(g, plan)
+    band_tiles = sum(
+        weight_columns(g, x0, cols, own.first_diagonal, plan["kernel"][0], own.diagonal_chunks)[2]
+        for x0, cols in spans(g.out[1], tile_w)
+    )
+    tiles = ceil_div(g.batch, images) * ceil_div(g.out[0], tile_h)
+    groups = ceil_div(g.kernel[0], own.rows_each)
+    depths = ceil_div(images * tile_h, DEPTH[dtype])
+    return band_tiles * depths * tiles * g.channels * groups * own.rows_each
+
+
+def forward_products(g: Geometry, dtype: str, plan: dict) -> int:
+    _, images, tile_h, tile_w = plan["tile"]
     m_tiles, n_tiles = plan["kernel"]
-    band_tiles = sum(columns(seen, x0, n_tiles, depth).band for x0, _ in spans(seen.out[1], tile_w))
+    band_tiles = sum(columns(g, x0, n_tiles, DEPTH[dtype]).band for x0, _ in spans(g.out[1], tile_w))
     steps = sum(
-        forward_row_steps(seen, y0, rows, images, m_tiles, plan["image_major"])
-        for y0, rows in spans(seen.out[0], tile_h)
+        forward_row_steps(g, y0, rows, images, m_tiles, plan["image_major"])
+        for y0, rows in spans(g.out[0], tile_h)
     )
     return band_tiles * steps * m_tiles * ceil_div(g.batch, images) * g.channels

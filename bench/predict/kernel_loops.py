@@ -141,6 +141,18 @@ def row_overhead(found: list[Loop], inner: Loop) -> list[Instruction]:
     return [i for i in code if i.name not in ("FFMA", "LDS")]
 
 
+def narrow_row(found: list[Loop], inner: Loop, multiply_adds: int) -> list[Instruction]:
+    """A kernel row of fewer taps than the direct kernels' loop takes at once: it jumps over that loop, and of
+    the products behind it executes ``multiply_adds``."""
+    around = enclosing(found, inner)
+    for i in around.body if around else ():
+        target = i.target or 0
+        if around and i.address < inner.start and inner.end < target:
+            path = [x for x in around.body if x.address <= i.address or x.address >= target]
+            return [x for x in path if not x.macs] + [x for x in path if x.macs][:multiply_adds]
+    raise LookupError("no jump over the products; the kernel changed: adapt bench/predict")
+
+
 @dataclass(frozen=True)
 class Moves:
     """Instructions that a kernel spends outside its products; None where it has no such code."""

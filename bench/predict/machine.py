@@ -1,7 +1,7 @@
 """The limits of an H200, and from counts to times.
 
 Sources: NVIDIA's H200 data sheet (4.8 TB/s; dense peaks of 67, 495 and 989 TFLOP/s in float32, tf32 and
-bfloat16) and the CUDA C++ programming guide (throughput of instructions, limits of compute capability 9.0).
+16 bits) and the CUDA C++ programming guide (throughput of instructions, limits of compute capability 9.0).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from .sass import Instruction
 
 SMS = 132
 CLOCK = 1.75e9  # assumed under load; the planners assume the same
-MEMORY = 4.8e12  # bytes a second
-PEAK = {"float32": 67e12, "tf32": 494.7e12, "bfloat16": 989.4e12}  # FLOP/s of the unit that may do the work
+MEMORY, SECTOR = 4.8e12, 32  # bytes a second, and of the least that is moved
+# FLOP/s of the unit that may do the work.
+PEAK = {"float32": 67e12, "tf32": 494.7e12, "bfloat16": 989.4e12, "float16": 989.4e12}
 REGISTERS, SHARED, RESERVED, THREADS, BLOCKS = 65536, 233472, 1024, 2048, 32  # of an SM
 
 # Multiply-adds per cycle and SM. mma.sync reaches about 62% of what wgmma does on this architecture (Luo et

@@ -35,6 +35,7 @@ LAYERS = (
     "UniRepLKNet-S C96 56x56 k3x3",
     "RepLKNet-31B C256 56x56 k3x3 s2",
 )
+DTYPES = ("bfloat16", "tf32", "float32")  # of the tables with every unit
 TRITON_LAYERS = (0, 1, 2, 3, 4, 5, 6)  # of LAYERS
 CHANNELS_LAST = 7  # also in this layout
 
@@ -47,9 +48,9 @@ class Prediction:
     dtype: str
     passes: tuple[str, ...]
     launches: tuple[cuda.Launch, ...]
-    per_sm: int  # blocks of the first launch that does arithmetic
+    registers: tuple[int, ...]  # of a thread in each
     seconds: tuple[dict[str, float], ...]
-    pixels: int
+    pixels: int  # of the pass's output, for backward_weight of grad_output
     floor: float
 
     @property
@@ -60,6 +61,18 @@ class Prediction:
     def main(self) -> int:
         """The launch that takes longest."""
         return max(range(len(self.launches)), key=lambda i: max(self.seconds[i].values()))
+
+    @property
+    def per_sm(self) -> int:
+        """Blocks that an SM holds of that launch."""
+        main = self.launches[self.main]
+        return machine.blocks_per_sm(self.registers[self.main], main.threads, main.shared)
+
+    @property
+    def bound(self) -> str:
+        """That launch's busiest unit."""
+        seconds = self.seconds[self.main]
+        return max(seconds, key=lambda unit: seconds[unit])
 
 
 def floor_seconds(g: Geometry, dtype: str) -> float:
@@ -111,12 +124,11 @@ def predict(
     layer: Layer, g: Geometry, dtype: str, pass_name: str, found: list[tuple[cuda.Launch, int]]
 ) -> Prediction:
     seconds = tuple(machine.pipe_seconds(x.work, x.blocks, x.memory_bytes) for x, _ in found)
-    main, registers = max(found, key=lambda item: item[0].work.instructions)
-    per_sm = machine.blocks_per_sm(registers, main.threads, main.shared)
-    pixels = g.elements()[1]
+    pixels = g.elements()[pass_name != "backward_input"]
     label = f"{layer.name}, N={layer.batch}"
-    launches = tuple(x for x, _ in found)
-    return Prediction(label, dtype, (pass_name,), launches, per_sm, seconds, pixels, floor_seconds(g, dtype))
+    launches, registers = zip(*found, strict=True)
+    floor = floor_seconds(g, dtype)
+    return Prediction(label, dtype, (pass_name,), launches, registers, seconds, pixels, floor)
 
 
 def planned(g: Geometry, pass_name: str, dtype: str, channels_last: bool = False) -> dict:
@@ -126,20 +138,21 @@ def planned(g: Geometry, pass_name: str, dtype: str, channels_last: bool = False
     choice = built_module().plan(
         pass_name, size, g.channels, *geometry, name, tf32=tf32, channels_last=channels_last
     )[0]
-    return choice | {"channels_last": channels_last}
+    mark = {"channels_last": channels_last}
+    return choice | mark | {"problems": [problem | mark for problem in choice["problems"]]}
 
 
-def cuda_predictions(code: Code, registers: dict[str, int]) -> list[Prediction]:
-    cases = [(layer, dtype, False) for layer in chosen_layers() for dtype in ("bfloat16", "tf32", "float32")]
-    cases.append((chosen_layers()[CHANNELS_LAST], "bfloat16", True))
+def cuda_predictions(
+    code: Code, registers: dict[str, int], dtypes: tuple[str, ...] = DTYPES
+) -> list[Prediction]:
+    cases = [(layer, dtype, False) for layer in chosen_layers() for dtype in dtypes]
+    cases.append((chosen_layers()[CHANNELS_LAST], dtypes[0], True))
     rows = []
     for layer, dtype, channels_last in cases:
         g = geometry(layer)
         for pass_name in PASSES:
-            if pass_name == "backward_input" and g.stride != (1, 1):
-                continue
             plan = planned(g, pass_name, dtype, channels_last)
-            if dtype == "tf32" and plan["algorithm"] == "direct":
+            if dtype == "tf32" and all(p["algorithm"] == "direct" for p in plan["problems"]):
                 continue  # the float32 row
             found = cuda.launches(code, g, pass_name, dtype, plan)
             named = replace(layer, name=f"{layer.name}, channels_last") if channels_last else layer
@@ -173,6 +186,24 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
 
 
+def counts(r: Prediction) -> list[str]:
+    """Cells of a row: the launch that takes longest, and instructions and bytes of all."""
+    main = r.launches[r.main]
+    instructions = 32 * sum(x.work.instructions for x in r.launches) / r.pixels
+    moved = sum(x.memory_bytes for x in r.launches) / r.pixels
+    return [
+        f"{main.shared / 1024:.0f}",
+        f"{r.per_sm} x {main.threads // 32}",
+        number(instructions),
+        f"{100 * main.work.in_products / main.work.instructions:.0f}%",
+        number(moved),
+    ]
+
+
+def times(r: Prediction) -> list[str]:
+    return [f"**{number(1e6 * r.time)}** {r.bound}", number(1e6 * r.floor), number(r.time / r.floor)]
+
+
 def prediction_table(rows: list[Prediction]) -> str:
     units = ("issue", "fma", "integer", "special", "matrix", "shared", "memory")
     lines = [
@@ -181,17 +212,24 @@ def prediction_table(rows: list[Prediction]) -> str:
         "|---" * (12 + len(units)) + "|",
     ]
     for r in rows:
-        main, warps = r.launches[r.main], r.launches[r.main].threads // 32
-        instructions = 32 * sum(x.work.instructions for x in r.launches) / r.pixels
-        moved = sum(x.memory_bytes for x in r.launches) / r.pixels
-        us = [1e6 * sum(s[unit] for s in r.seconds) for unit in units]
-        bound = max(r.seconds[r.main], key=lambda unit: r.seconds[r.main][unit])
-        cells = [r.layer, r.dtype, ", ".join(r.passes), f"`{main.kernel}`"]
-        cells += [f"{main.shared / 1024:.0f}", f"{r.per_sm} x {warps}"]
-        cells += [number(instructions), f"{100 * main.work.in_products / main.work.instructions:.0f}%"]
-        cells += [number(moved), *map(number, us)]
-        cells += [f"**{number(1e6 * r.time)}** {bound}", number(1e6 * r.floor)]
-        lines.append("| " + " | ".join([*cells, number(r.time / r.floor)]) + " |")
+        us = [number(1e6 * sum(s[unit] for s in r.seconds)) for unit in units]
+        cells = [r.layer, r.dtype, ", ".join(r.passes), f"`{r.launches[r.main].kernel}`"]
+        lines.append("| " + " | ".join([*cells, *counts(r), *us, *times(r)]) + " |")
+    return "\n".join(lines)
+
+
+def float16_table(rows: list[Prediction], in_bfloat16: list[Prediction]) -> str:
+    """Without the units' columns: they are nearly those of bfloat16, whose time stands beside."""
+    lines = [
+        "| layer | pass | kernel | registers | shared KiB | blocks x warps per SM | instructions "
+        "| in products | bytes | predicted | floor | times floor | in bfloat16 |",
+        "|---" * 13 + "|",
+    ]
+    others = {(other.layer, name): other for other in in_bfloat16 for name in other.passes}
+    for r in rows:
+        cells = [r.layer, ", ".join(r.passes), f"`{r.launches[r.main].kernel}`", str(r.registers[r.main])]
+        other = number(1e6 * others[r.layer, r.passes[0]].time)
+        lines.append("| " + " | ".join([*cells, *counts(r), *times(r), other]) + " |")
     return "\n".join(lines)
 
 
@@ -230,7 +268,8 @@ def resource_table(code: Code, registers: dict[str, int]) -> str:
 
 
 def counted(name: str) -> bool:
-    """float16 shares bfloat16's code but for the conversions; float64 is for gradient checks."""
+    """In the tables of loops: float16 shares bfloat16's code but for the conversions; float64 is for gradient
+    checks."""
     return "float64" not in name and not re.search(r"\bfloat16", name)
 
 
@@ -283,6 +322,8 @@ def triton_resources() -> str:
 
 def document(with_triton: bool) -> str:
     code, registers = load_module()
+    rows, in_float16 = (cuda_predictions(code, registers, dtypes) for dtypes in (DTYPES, ("float16",)))
+    in_bfloat16 = [r for r in rows if r.dtype == "bfloat16"]
     parts = [
         f"Code read: {ARCH} of `lkconv._C_cuda`, built by CUDA {built_module().toolkit()}.",
         "#### Hot loops of the CUDA kernels, one iteration",
@@ -290,7 +331,9 @@ def document(with_triton: bool) -> str:
         "#### Instructions of the CUDA kernels beside their products",
         moves_table(code),
         "#### Predicted times of the CUDA kernels, microseconds",
-        prediction_table(cuda_predictions(code, registers)),
+        prediction_table(rows),
+        "#### Predicted times of the CUDA kernels in float16, microseconds",
+        float16_table(in_float16, in_bfloat16),
     ]
     if with_triton:
         import triton as compiler

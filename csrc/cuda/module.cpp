@@ -130,10 +130,11 @@ std::vector<Candidate<WeightPlan>> candidates(const PassCall& call, WeightProble
 void run(Recorder& r, const PassCall& call, const ForwardProblem& f) { run_forward(r, f, call.switches); }
 void run(Recorder& r, const PassCall& call, const WeightProblem& w) { run_weight(r, w, call.switches); }
 
-// Adds what the whole call takes, all problems together.
+// Adds what the whole call takes, all problems together, and the plan of each.
 template <class Problem>
 void add_totals(py::dict& d, const PassCall& call, const std::vector<Problem>& problems) {
   Recorder recorder{call.machine, py::list(), 0};
+  py::list chosen_plans;
   double flops = 0, cycles = 0;
   for (const Problem& p : problems) {
     if (p.out_height <= 0 || p.out_width <= 0) continue;  // a stride phase without pixels
@@ -144,7 +145,9 @@ void add_totals(py::dict& d, const PassCall& call, const std::vector<Problem>& p
     }
     flops += chosen.plan.issued_flops, cycles += chosen.plan.cycles;
     run(recorder, call, p);
+    chosen_plans.append(to_dict(chosen));
   }
+  d["problems"] = chosen_plans;
   d["flops"] = flops;
   d["cycles"] = cycles;
   d["launches"] = recorder.launches;
@@ -271,7 +274,8 @@ PYBIND11_MODULE(_C_cuda, m) {
       py::arg("shared_per_block") = 232448, py::arg("shared_per_sm") = 233472,
       "Candidates of the CUDA planner for one convolution, the chosen one first. tile is (channels, images, "
       "rows, columns); flops, cycles, launches and scratch_bytes are those of the whole call and missing "
-      "where the algorithm cannot run. The machine defaults to an H100.");
+      "where the algorithm cannot run, and so are problems: the plan of each stride phase of backward_input, "
+      "or of the only problem. The machine defaults to an H100.");
   m.def("plan_group_mix", &lkconv::cuda::plan_group_mix, py::arg("op"), py::arg("size"), py::arg("dtype"),
         py::arg("sms") = 132, py::arg("shared_per_block") = 232448, py::arg("shared_per_sm") = 233472,
         "Launches of one Group-Mix op on tokens of size (B, H, W, d), with float32 parameters (float64 "
