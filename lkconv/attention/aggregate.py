@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from .. import reference_group_mix as reference
+from ..ops import holds_dtensor
 from .batch_statistics import (
     BatchStatistics,
     Group,
@@ -42,18 +42,11 @@ def namespace(tokens: Tensor, synchronised: bool = False) -> str | None:
     if empty or tokens.shape[-1] > 15 * MOST_SEGMENT or under_derivative():
         return None
     found = backends.namespace(tokens.device, computed_dtype(tokens), "group_mix")
-    if found is not None:
-        _ensure_sharding(found, tokens)
+    if found is not None and holds_dtensor(tokens):
+        from . import sharding  # which imports torch.distributed.tensor
+
+        sharding.register(found)
     return found
-
-
-def _ensure_sharding(namespace: str, tokens: Tensor) -> None:
-    """Teaches DTensor the ops before the first call that holds one; costs next to nothing to others."""
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is not None and isinstance(tokens, module.DTensor):
-        from . import sharding
-
-        sharding.register(namespace)
 
 
 def autocast(tokens: Tensor) -> Tensor:
