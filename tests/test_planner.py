@@ -252,7 +252,8 @@ def test_odd_rows_of_channels_last_tensors_are_read_in_place(pass_name):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tasks_in_place_keep_their_rows_near(dtype):
-    """As many groups as leave the rows of a kernel in a first-level cache; enough tasks remain."""
+    """Two groups, where rows then stay in a first-level cache and tensors come from the core's own; else
+    whole pixels. Enough tasks remain."""
 
     def plan(kernel, channels, side=56, batch=2, **options):
         shape = {
@@ -269,14 +270,14 @@ def test_tasks_in_place_keep_their_rows_near(dtype):
 
     channels_of_a_group = 16 if dtype == "float32" else 32  # 64 bytes
 
-    for side, kernel in ((14, (3, 3)), (28, (3, 3)), (56, (3, 3)), (28, (7, 7)), (7, (7, 7))):
-        found = groups(kernel, 256, side, batch=2 if side == 56 else 8)
-        assert found * (kernel[0] + 1) * side * 64 <= 32 << 10
-        assert (2 * found + 2) * (kernel[0] + 1) * side * 64 > 32 << 10
     whole = 256 // channels_of_a_group
-    assert groups((3, 3), 256, batch=8) == 8, "tensors from memory are read in longer runs"
+    for side, kernel in ((7, (7, 7)), (14, (3, 3)), (28, (3, 3)), (28, (7, 7)), (56, (3, 3))):
+        near = side < 56
+        assert groups(kernel, 256, side, batch=8 if side < 28 else 2) == (2 if near else whole)
+    assert groups((3, 3), 256, 200, batch=1) == whole, "rows too long for that cache"
     assert groups((3, 3), 256, 14, batch=8, dilation=(3, 3), padding=(3, 3)) == whole
-    assert groups((3, 3), 256, stride=(2, 2)) == groups((1, 3), 256, padding=(0, 1)) == whole
+    assert groups((3, 3), 256, 14, batch=8, stride=(2, 2)) == whole
+    assert groups((1, 3), 256, 14, batch=8, padding=(0, 1)) == whole
     assert plan((1, 7), 3000, padding=(0, 3))["scratch_bytes"] <= 256 << 10
     spans, rows = whole // groups((3, 3), 256, batch=1), plan((3, 3), 256, batch=1)["tile"][0]
     assert spans * -(-56 // rows) >= 8, "four tasks for each thread"

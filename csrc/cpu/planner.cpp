@@ -18,12 +18,12 @@ namespace {
 constexpr int64_t kWindowBytes =
     384 << 10;  // of a direct tile's input window: well inside a second-level cache
 constexpr int64_t kMaxTileWidth = 128;
-constexpr int64_t kMaxWeightSpan = 4;           // lines of a pixel that are copied to scratch together
-constexpr int64_t kMaxWeightSpanInPlace = 2;    // whose rows stay in a first-level cache
+constexpr int64_t kMaxWeightSpan = 4;
 constexpr int64_t kKernelBytes = 256 << 10;     // of the groups that a task reads in place together
 constexpr int64_t kWideKernelBytes = 24 << 10;  // where a block of outputs takes too long to wait for memory
 constexpr int64_t kNearRowsBytes = 32 << 10;    // of rows read in place again and again
-constexpr int64_t kFarBytes = 40 << 20, kFarSpan = 8;  // of tensors that come from memory
+constexpr int64_t kNearBytes = 12 << 20;        // of tensors whose rows are kept there
+constexpr int64_t kNearSpan = 2;
 constexpr int64_t kMaxAtenTaps = 25;
 constexpr int64_t kMaxAtenPhaseTaps = 36;  // taps of the first phase times phases: at most 5x5 at stride 2
 constexpr double kAtenMargin = 1.1;
@@ -106,15 +106,19 @@ void choose_span(const Geometry& g, const Machine& m, int64_t bytes_per_group, P
                       4 * halo + 4, p);
 }
 
-// Groups of which the rows that a kernel reads, and the one it writes, stay in a first-level cache from one
-// row of outputs to the next; 0 where that is none, or where it would not pay: rows that are dilated or
-// strided pass through the second one anyway.
-int64_t span_of_near_rows(const Geometry& g, int64_t bytes_of_pixel) {
-  if (g.kernel_h == 1 || g.stride_h > 1 || g.dil_h > 1) return 0;
+// Bytes of the rows that a kernel reads, and of the one it writes, for one group of channels: those that are
+// read again for the next row of outputs, unless they are dilated or strided.
+int64_t bytes_of_rows(const Geometry& g, int64_t bytes_of_pixel) {
+  return (g.kernel_h + 1) * std::max(g.width, g.out_width) * bytes_of_pixel;
+}
+
+// Whether a task should take few groups, so that these rows stay in a first-level cache. Tensors beyond the
+// core's own caches are read faster in longer runs of memory.
+bool keeps_rows_near(const Geometry& g, int64_t bytes_of_pixel) {
   const int64_t pixels = g.height * g.width + g.out_height * g.out_width;
-  const int64_t fits = kNearRowsBytes / ((g.kernel_h + 1) * std::max(g.width, g.out_width) * bytes_of_pixel);
-  // Memory is read and written in runs of some length.
-  return g.batch * g.channels * pixels * int64_t(sizeof(float)) > kFarBytes ? std::max(fits, kFarSpan) : fits;
+  return g.kernel_h > 1 && g.stride_h == 1 && g.dil_h == 1 &&
+         g.batch * g.channels * pixels * int64_t(sizeof(float)) <= kNearBytes &&
+         kNearSpan * bytes_of_rows(g, bytes_of_pixel) <= kNearRowsBytes;
 }
 
 // The same where tensors are read in place: whole pixels, as far as their kernels stay in a cache of the
@@ -125,7 +129,7 @@ void choose_span_in_place(const Geometry& g, const Machine& m, int64_t vector, i
   const bool once = narrow_rows(g) || g.kernel_h == 1;  // a strip reads each pixel for one row of outputs
   const int64_t bytes = once ? kKernelBytes : kWideKernelBytes;
   int64_t span = std::clamp<int64_t>(bytes / bytes_of_kernel, 1, kMaxSpanInPlace);
-  if (const int64_t near = once ? span_of_near_rows(g, vector / parts) : 0) span = std::min(span, near);
+  if (once && keeps_rows_near(g, vector / parts)) span = std::min(span, kNearSpan);
   p.span = even_part(groups, span);
   share_among_threads(g, m, ceil_div(groups, p.span) * g.batch, 4, p);
 }
@@ -155,7 +159,8 @@ void choose_in_place(Pass pass, const Geometry& g, int64_t reduce, const Machine
   if (pass == Pass::backward_weight) {
     p.in_place = true;
     p.tile_h = g.out_height;
-    p.span = even_part(channel_groups(g.channels, p), std::min(p.span, kMaxWeightSpanInPlace));
+    if (g.stride_h == 1 && p.span * bytes_of_rows(g, vector / parts) > kNearRowsBytes)
+      p.span = even_part(channel_groups(g.channels, p), std::min(p.span, kNearSpan));
     p.scratch_bytes = p.span * taps * vector;
   } else {
     p.tile_h = g.out_height;
