@@ -151,7 +151,7 @@ part_test() {
 few_tests() {
   local sizes='2x3x9x11-k3x3 or 17x1x14x14-k27x27 or 1x2x20x24-k51x5 or 1x17x16x19-k7x7-p3x3-s2x1'
   sizes="$sizes or 1x3x30x18-k4x3-p3x5-s3x2-d6x4 or 1x5x20x22-k7x7-p9x9-d3x3 or 2x3x9x10-k3x3-p1x1-m2"
-  sizes="$sizes or 2x2x11x16-k5x9-p2x4-s2x2-m3 or 2x20x9x11-k7x7 or 2x3x13x15-k9x9"
+  sizes="$sizes or 2x2x11x16-k5x9-p2x4-s2x2-m3 or 2x20x9x11-k7x7-p3x3-nhwc- or 2x3x13x15-k9x9"
   local kinds='-f32-auto or tf32-toeplitz or bf16-direct or bf16-toeplitz'
   echo "(test_case and ($sizes) and ($kinds))" \
     "or ((test_aggregate or test_attention_core) and d16-2x9x11 and (float32 or bfloat16))"
