@@ -385,7 +385,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lkconv, m) {
       "Tensor[] norm_bias, Tensor mean, Tensor var, float eps) -> Tensor");
   // (grad_qkv, gradients of depthwise, pointwise, layer_norm_weight and layer_norm_bias one after the other)
   m.def(
-      "group_mix_backward(Tensor[] grad_mixed, Tensor grad_local, Tensor qkv, Tensor premix, Tensor prelocal, "
+      "group_mix_backward(Tensor[] grad_mixed, Tensor grad_local, Tensor qkv, Tensor premix, Tensor "
+      "prelocal, "
       "SymInt height, SymInt width, Tensor[] depthwise, Tensor[] pointwise, Tensor[] norm_weight, Tensor[] "
       "norm_bias, "
       "Tensor mean, Tensor var, Tensor layer_norm_weight, Tensor layer_norm_bias, float eps, float "
