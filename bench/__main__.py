@@ -101,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         _add_common(command)
         command.add_argument("--json", metavar="FILE", help="write the result")
+        if name == "overhead":
+            text = "before each call, pass over two tensors of so many megabytes: they fill the caches"
+            command.add_argument("--behind", type=float, default=0, metavar="MB", help=text)
         command.set_defaults(run=partial(_module, name))
     mix = commands.add_parser(
         "group_mix",

@@ -48,8 +48,11 @@ def _functions(device: str) -> dict[tuple[str, str], tuple[bool, Callable]]:
     return calls
 
 
-def _microseconds(grad: bool, run: Callable, device: str) -> float:
-    """Host time of one call; a GPU is waited for afterwards, so that its queue never fills."""
+def _microseconds(grad: bool, run: Callable, device: str, between: Callable | None = None) -> float:
+    """Host time of one call; a GPU is waited for afterwards, so that its queue never fills. With ``between``,
+    which runs before each call, the median."""
+    if between is not None:
+        return statistics.median(_one(grad, run, between) for _ in range(CALLS // 5)) * 1e6
     with torch.set_grad_enabled(grad):
         start = time.perf_counter()
         for _ in range(CALLS):
@@ -60,12 +63,28 @@ def _microseconds(grad: bool, run: Callable, device: str) -> float:
     return elapsed / CALLS * 1e6
 
 
-def measure(device: str) -> list[dict]:
-    functions = _functions(device)
+def _one(grad: bool, run: Callable, between: Callable) -> float:
+    between()
+    with torch.set_grad_enabled(grad):
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+
+def _pass_over(megabytes: float) -> Callable:
+    """Reads a tensor of this size and writes another: what they leave in the caches is theirs."""
+    x = torch.ones(int(megabytes * 1e6 / 4))
+    y = torch.empty_like(x)
+    return lambda: torch.mul(x, 1.5, out=y)
+
+
+def measure(device: str, behind: float = 0) -> list[dict]:
+    """Rows of every call. ``behind``: megabytes of two tensors that are passed over before each call."""
+    functions, between = _functions(device), _pass_over(behind) if behind else None
     samples: dict[tuple[str, str], list[float]] = {name: [] for name in functions}
     for turn in range(TURNS + 1):  # turn 0 warms up
         for name, (grad, run) in functions.items():
-            elapsed = _microseconds(grad, run, device)
+            elapsed = _microseconds(grad, run, device, between)
             if turn:
                 samples[name].append(elapsed)
     rows: dict[str, dict] = {}
@@ -76,13 +95,15 @@ def measure(device: str) -> list[dict]:
 
 def main(arguments: argparse.Namespace) -> int:
     facts = machine.machine(arguments.device)
-    print(f"{machine.describe(facts)}\nmicroseconds a call, input {SIZE}, 3x3")
+    behind = f", behind two tensors of {arguments.behind:g} MB" if arguments.behind else ""
+    print(f"{machine.describe(facts)}\nmicroseconds a call, input {SIZE}, 3x3{behind}")
     print(f"{'call':<30} {'conv2d':>8} {'lkconv':>8} {'extra':>8}")
-    rows = measure(arguments.device)
+    rows = measure(arguments.device, arguments.behind)
     for row in rows:
         extra = row["lkconv"] - row["conv2d"]
         print(f"{row['call']:<30} {row['conv2d']:8.2f} {row['lkconv']:8.2f} {extra:+8.2f}")
     if arguments.json:
-        content = {"machine": facts, "versions": machine.versions(), "rows": rows}
+        content = {"machine": facts, "versions": machine.versions(), "behind_mb": arguments.behind}
+        content["rows"] = rows
         Path(arguments.json).write_text(json.dumps(content, indent=1) + "\n")
     return 0

@@ -83,18 +83,28 @@ def check_types(input: Any, weight: Any, bias: Any) -> None:
         raise ValueError(f"input must be (N, C, H, W) or (C, H, W); got shape {tuple(input.shape)}")
     if weight.dim() != 4:
         raise ValueError(f"weight must be (C*m, 1, kh, kw); got shape {tuple(weight.shape)}")
+    check_convolved(input)
+    check_operand("weight", weight, input)
+    check_operand("bias", bias, input)
+
+
+def check_convolved(input: Tensor) -> None:
+    """A dtype that can be convolved."""
     if input.dtype not in CONVOLVED:
         raise TypeError(
             f"input must be float64, float32, float16 or bfloat16 (or a complex or integer dtype that "
             f"F.conv2d takes); got {input.dtype}"
         )
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is None:
-            continue
-        if value.device != input.device:
-            raise ValueError(f"{name} must be on input's device {input.device}; got {value.device}")
-        if value.dtype is not input.dtype and computed_dtype(value) is not computed_dtype(input):
-            raise TypeError(f"{name} must have input's dtype {input.dtype}; got {value.dtype}")
+
+
+def check_operand(name: str, value: Tensor | None, input: Tensor) -> None:
+    """``input``'s device and, after autocast, dtype."""
+    if value is None:
+        return
+    if value.device != input.device:
+        raise ValueError(f"{name} must be on input's device {input.device}; got {value.device}")
+    if value.dtype is not input.dtype and computed_dtype(value) is not computed_dtype(input):
+        raise TypeError(f"{name} must have input's dtype {input.dtype}; got {value.dtype}")
 
 
 def computed_dtype(tensor: Tensor) -> torch.dtype:

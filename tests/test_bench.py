@@ -450,9 +450,10 @@ def test_no_gpu_is_said_at_once(monkeypatch):
 def test_overhead_measures_both_sides(monkeypatch):
     monkeypatch.setattr(overhead, "CALLS", 5)
     monkeypatch.setattr(overhead, "TURNS", 2)
-    rows = overhead.measure("cpu")
-    assert len(rows) == 5
-    assert all(row["conv2d"] > 0 and row["lkconv"] > 0 for row in rows)
+    for behind in (0, 0.5):
+        rows = overhead.measure("cpu", behind)
+        assert len(rows) == 5
+        assert all(row["conv2d"] > 0 and row["lkconv"] > 0 for row in rows)
 
 
 def test_memory_sees_a_training_step():

@@ -78,6 +78,19 @@ def _momentum(block):
     block.norm.identity.momentum = None
 
 
+def test_two_norms_without_parameters_or_statistics():
+    norms = [nn.BatchNorm2d(4, affine=False, track_running_stats=False) for _ in range(2)]
+    conv = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)
+    parts = [reparam.ConvBN("conv", conv, nn.BatchNorm2d(4, affine=False, track_running_stats=False))]
+    parts += [reparam.ConvBN(f"norm{i}", None, norm) for i, norm in enumerate(norms)]
+    x, target = torch.randn(2, 4, 6, 5), reparam.Geometry((3, 3), padding=(1, 1), groups=4)
+    found = {}
+    for path in ("fused", "branches"):
+        with reparam.use_training_path(path):
+            found[path] = reparam.run_branches(x, parts, target, 4)
+    torch.testing.assert_close(found["fused"], found["branches"], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("layer_scale", [0.5, None])
 @pytest.mark.parametrize("change", [lambda block: None, _other_eps, _no_affine, _momentum])
 @pytest.mark.parametrize("path", ["fused", "fused-recompute"])

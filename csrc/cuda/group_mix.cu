@@ -28,10 +28,13 @@ class Arguments {
  public:
   explicit Arguments(const Tensor& first) : device_(first.get_device_index()) {}
 
-  const void* tokens(const Tensor& t, std::initializer_list<int64_t> sizes, DType dtype, const char* name) {
+  void check(const Tensor& t, std::initializer_list<int64_t> sizes, DType dtype, const char* name) const {
     bool same = here(t) && t.dim() == int64_t(sizes.size()) && dtype_of(t) == dtype;
     for (int64_t i = 0; same && i < int64_t(sizes.size()); ++i) same = t.size(i) == sizes.begin()[i];
     STD_TORCH_CHECK(same, "lkconv: ", name, " has the wrong shape, dtype or device");
+  }
+  const void* tokens(const Tensor& t, std::initializer_list<int64_t> sizes, DType dtype, const char* name) {
+    check(t, sizes, dtype, name);
     kept_.push_back(contiguous_tensor(t));
     return kept_.back().const_data_ptr();
   }
@@ -40,7 +43,7 @@ class Arguments {
     const int64_t batch = s.batch, n = s.tokens(), channels = 4 * s.segment;
     if (of.size() == 1) return tokens(of[0], {3, batch, n, channels}, dtype, name);
     STD_TORCH_CHECK(of.size() == 3, "lkconv: ", name, " has ", of.size(), " tensors, expected 1 or 3");
-    for (const Tensor& part : of) tokens(part, {batch, n, channels}, dtype, name);
+    for (const Tensor& part : of) check(part, {batch, n, channels}, dtype, name);
     Tensor all = empty_contiguous({3, batch, n, channels}, of[0].scalar_type(), of[0]);
     for (int64_t i = 0; i < 3; ++i) {
       Tensor to = torch::stable::select(all, 0, i);

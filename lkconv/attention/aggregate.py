@@ -93,7 +93,7 @@ def aggregate_heads(
     """:func:`aggregate_tokens` as heads: (q, k, v), each (B, 8, N, d / 2), local (B, N, d)."""
     if running is not None:
         mixed, local, _ = aggregate_tokens(namespace, qkv, size, parameters, running, eps)
-        return split_heads(mixed, NUM_HEADS), local, None
+        return split_heads(mixed), local, None
     return normalised_by_batch(namespace, qkv, size, parameters, eps, group, NUM_HEADS)
 
 

@@ -21,7 +21,7 @@ from .plain import is_plain_depthwise, is_plain_pointwise
 def parameters_of(modules: Iterable[nn.Module], name: str) -> list[Any]:
     """The parameter of that name of each module. The table of a module is looked at first: as an attribute a
     parameter is slow to look up, and a parametrised one is only that."""
-    return [m._parameters[name] if name in m._parameters else cast(Tensor, getattr(m, name)) for m in modules]
+    return [m._parameters[name] if name in m._parameters else getattr(m, name) for m in modules]
 
 
 def buffers_of(modules: Iterable[nn.Module], name: str) -> list[Any]:

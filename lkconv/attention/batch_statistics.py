@@ -79,11 +79,13 @@ def _combine_statistics(mean: Tensor, var: Tensor, count: int, group: Group) -> 
 
 
 def _grad_mixed(given: Sequence[Tensor | None], premix: Tensor) -> list[Tensor]:
-    """The gradient of mixed, or those of its three parts from those of the heads; zeros where none came."""
+    """The gradient of mixed, or those of its three parts from those of the heads; zeros where none came. GPU
+    kernels want the parts side by side: put there once for all ops of a backward pass."""
     shape = [*premix.shape[:3], premix.shape[3] // 3 * 4]
     if len(given) == 1:
         return [premix.new_zeros(shape) if given[0] is None else given[0]]
-    return [premix.new_zeros(shape[1:]) if g is None else token_rows(g) for g in given]
+    parts = [premix.new_zeros(shape[1:]) if g is None else token_rows(g) for g in given]
+    return parts if premix.device.type == "cpu" else [torch.stack(parts)]
 
 
 class _NormalisedByBatch(torch.autograd.Function):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import NUM_HEADS
 from .derivatives import apply, eager_form
 
 
@@ -43,7 +44,7 @@ class _SplitHeads(torch.autograd.Function):
 _SplitHeadsEager = eager_form(_SplitHeads)
 
 
-def split_heads(mixed: Tensor, num_heads: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(mixed: Tensor, num_heads: int = NUM_HEADS) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as (B, heads, N, 4 * d / heads): views of (3, B, N, 4 * d)."""
     if not torch.is_grad_enabled():
         return head_views(mixed, num_heads)

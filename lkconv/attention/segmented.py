@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference_group_mix
-from .._validate import CONVOLVED, computed_dtype
+from .._validate import check_convolved, check_operand, computed_dtype
 from ..functional import PLAIN, in_plain_eager_mode
 from .segmented_registration import NAME, ONES, Segments, eager, same_padding
 
@@ -44,18 +44,6 @@ def _check_shapes(index: int, weight: Tensor | None, bias: Tensor | None, channe
         raise ValueError(f"biases[{index}] must have shape {(channels,)}, got {tuple(bias.shape)}")
 
 
-def _check_kind(name: str, tensor: Tensor | None, input: Tensor) -> None:
-    """Raises what keeps a weight or bias from being convolved with ``input``."""
-    if tensor is None:
-        return
-    if input.dtype not in CONVOLVED:
-        raise TypeError(f"input must be float64, float32, float16 or bfloat16; got {input.dtype}")
-    if tensor.device != input.device:
-        raise ValueError(f"{name} must be on input's device {input.device}; got {tensor.device}")
-    if tensor.dtype is not input.dtype and computed_dtype(tensor) is not computed_dtype(input):
-        raise TypeError(f"{name} must have input's dtype {input.dtype}; got {tensor.dtype}")
-
-
 def _checked(
     input: Tensor, weights: Segments, biases: Segments | None, splits: Sequence[int] | None
 ) -> tuple[list[Tensor | None], list[int]]:
@@ -68,8 +56,10 @@ def _checked(
     channels = _segment_channels(input, weights, splits)
     for i, (w, b, n) in enumerate(zip(weights, given, channels, strict=True)):
         _check_shapes(i, w, b, n)
-        _check_kind(f"weights[{i}]", w, input)
-        _check_kind(f"biases[{i}]", b, input)
+        if w is not None:
+            check_convolved(input)
+        check_operand(f"weights[{i}]", w, input)
+        check_operand(f"biases[{i}]", b, input)
     if (input.shape[2] == 0 or input.shape[3] == 0) and any(w is not None for w in weights):
         raise ValueError(f"input must have positive height and width, got shape {tuple(input.shape)}")
     return given, channels

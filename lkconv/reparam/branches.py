@@ -324,7 +324,7 @@ def _summed(
             continue
         wide = fold_dtype(like, *(t for t in (value, gain) if t is not None))
         if value is None:
-            value = torch.ones_like(parts[i].bn.running_mean if gain is None else gain, dtype=wide)
+            value = torch.ones(parts[i].bn.num_features, dtype=wide, device=like.device)
         term = value.to(wide) if gain is None else value.to(wide) * gain.to(wide)
         total = term if total is None else total + term
     return total
