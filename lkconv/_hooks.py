@@ -8,11 +8,12 @@ from torch.nn.utils.parametrize import is_parametrized
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module runs a user's hook, which folding would skip."""
+    state = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
     )
 
 
@@ -24,4 +25,4 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     kind = type(module)
     if kind not in kinds:  # asked first: a module that has no parametrisations is slow to say so
         kind = kind.__bases__[0] if is_parametrized(module) else kind
-    return kind in kinds and not has_hooks(module) and "forward" not in module.__dict__
+    return kind in kinds and "forward" not in module.__dict__ and not has_hooks(module)

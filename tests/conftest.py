@@ -15,6 +15,10 @@ hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, prin
 hypothesis.settings.register_profile("explore", deadline=None, print_blob=True, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+# Also where OMP_NUM_THREADS does not say so (the Makefile does, for the processes that tests start): what a
+# call plans depends on the threads. Tests of several threads ask for them.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

@@ -1,6 +1,7 @@
 // Launchers of the aggregation: packs weights, cuts images into strips, runs tasks and reduces their sums.
 #include <algorithm>
 #include <cmath>
+#include <mutex>
 
 #include "group_mix_launch.h"
 
@@ -21,6 +22,9 @@ namespace {
 
 int64_t parts_of(int64_t kind) { return kind == kLocalKind ? kParts : 1; }
 
+// What weights are packed for; scaled ones hold the factor of their BatchNorm.
+enum class Packing { forward, scaled, backward };
+
 // Sizes and packed weights of one call.
 template <class T>
 struct Packed {
@@ -28,6 +32,7 @@ struct Packed {
   Buffer<T> depthwise[kKinds], flipped[kKinds], in_out[kKinds], out_in[kKinds];
   Buffer<Bf16Pair> pairs[kKinds];
   Buffer<T> scale, shift, layer_norm;
+  std::once_flag packed[kKinds];
 
   Packed(int64_t d, int64_t kernel_lanes)
       : segment(d),
@@ -91,14 +96,12 @@ struct Packed {
       }
   }
 
-  // Multiplies the pointwise weights of the convolved segments by their scale.
-  void fold_scale() {
-    for (int64_t kind = 1; kind < kMixed; ++kind) {
-      T* row = in_out[kind].get();
-      const T* factor = scale.get() + kind * padded;
-      for (int64_t i = 0; i < segment; ++i, row += padded)
-        for (int64_t o = 0; o < padded; ++o) row[o] *= factor[o];
-    }
+  // Multiplies the pointwise weight of a convolved segment by its scale.
+  void fold_scale(int64_t kind) {
+    T* row = in_out[kind].get();
+    const T* factor = scale.get() + kind * padded;
+    for (int64_t i = 0; i < segment; ++i, row += padded)
+      for (int64_t o = 0; o < padded; ++o) row[o] *= factor[o];
   }
 
   void pack_layer_norm(const AggregateWeights<T>& w) {
@@ -114,19 +117,21 @@ struct Packed {
     k.pack_pairs(pairs[kind].get(), in_out[kind].get(), depth(kind), padded);
   }
 
-  // Weights of many channels are packed by all threads: on small maps one would take a tenth of the call.
-  void pack_mixing(const AggregateWeights<T>& w, const GroupMixKernels<T>& k, bool backward,
-                   const Workers& workers) {
-    constexpr int64_t kAlone = 40;
-    pack_layer_norm(w);
-    const auto pack = [&](int64_t i) { pack_kind(kKinds - 1 - i, w, k, backward); };
-    if (segment > kAlone) return workers.run(kKinds - 1, pack);
-    for (int64_t i = 0; i < kKinds - 1; ++i) pack(i);
-  }
-
   MixWeights<T> weights(int64_t kind) const {
     return {depthwise[kind].get(), flipped[kind].get(), in_out[kind].get(), pairs[kind].get(),
             out_in[kind].get()};
+  }
+
+  // Packs the weights of a kind for the first task that asks for them, to which `weights` points from then
+  // on: threads pack different kinds at the same time, without a parallel region for that alone.
+  void pack_once(int64_t kind, const AggregateWeights<T>& w, const GroupMixKernels<T>& k, Packing packing,
+                 MixWeights<T>& to) {
+    if (kind == 0) return;
+    std::call_once(packed[kind], [&] {
+      pack_kind(kind, w, k, packing == Packing::backward);
+      if (packing == Packing::scaled && kind < kMixed) fold_scale(kind);
+      to = weights(kind);
+    });
   }
 };
 
@@ -173,7 +178,6 @@ AggregateProblem<T> problem_of(const AggregateTensors<T>& t, const Packed<T>& pa
   static_cast<TokenShape&>(p) = t;
   p.dtype = t.dtype, p.qkv = t.qkv, p.mixed = t.mixed;
   p.premix = t.premix_out, p.prelocal = t.prelocal_out, p.local = t.local;
-  for (int64_t kind = 0; kind < kKinds; ++kind) p.weights[kind] = packed.weights(kind);
   p.scale = packed.scale.get(), p.shift = packed.shift.get(), p.layer_norm = packed.layer_norm.get();
   p.layer_norm_eps = T(layer_norm_eps);
   return p;
@@ -186,13 +190,16 @@ void GroupMix<T>::aggregate(const AggregateTensors<T>& t, const AggregateWeights
                             const Workers& workers) {
   const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   Packed<T> packed(t.segment, k.lanes);
-  packed.pack_mixing(w, k, false, workers);
+  packed.pack_layer_norm(w);
   packed.fold_norms(w);
-  if (!k.pack_pairs) packed.fold_scale();
+  const Packing packing = k.pack_pairs ? Packing::forward : Packing::scaled;
   AggregateProblem<T> p = problem_of(t, packed, w.layer_norm_eps);
   plan_kinds(t, packed, 1, workers.threads, p.plan);
   run_kinds(p.plan, chunks_for(p.plan, 8 * workers.threads), workers,
-            [&](int64_t kind, int64_t, int64_t begin, int64_t end) { k.aggregate(p, kind, begin, end); });
+            [&](int64_t kind, int64_t, int64_t begin, int64_t end) {
+              packed.pack_once(kind, w, k, packing, p.weights[kind]);
+              k.aggregate(p, kind, begin, end);
+            });
 }
 
 template <class T>
@@ -200,13 +207,14 @@ void GroupMix<T>::mix(const AggregateTensors<T>& t, const AggregateWeights<T>& w
                       const Workers& workers) {
   const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   Packed<T> packed(t.segment, k.lanes);
-  packed.pack_mixing(w, k, false, workers);
+  packed.pack_layer_norm(w);
   AggregateProblem<T> p = problem_of(t, packed, w.layer_norm_eps);
   plan_kinds(t, packed, 1, workers.threads, p.plan);
   const Chunks chunks = chunks_for(p.plan, 8 * workers.threads);
   const int64_t size = 3 * packed.padded;
   Buffer<T> statistics(chunks.chunks * kKinds * size);
   run_kinds(p.plan, chunks, workers, [&](int64_t kind, int64_t chunk, int64_t begin, int64_t end) {
+    packed.pack_once(kind, w, k, Packing::forward, p.weights[kind]);
     k.mix(p, kind, begin, end, statistics.get() + (chunk * kKinds + kind) * size);
   });
   for (int64_t s = 0; s < kMixed; ++s)
@@ -250,7 +258,6 @@ AggregateBackwardProblem<T> backward_problem(const AggregateTensors<T>& t, const
   p.dtype = t.dtype, p.qkv = t.qkv, p.premix = t.premix, p.prelocal = t.prelocal;
   std::copy_n(t.grad_mixed, kParts, p.grad_mixed);
   p.grad_local = t.grad_local, p.local_stride = t.local_stride, p.grad_qkv = t.grad_qkv;
-  for (int64_t kind = 0; kind < kKinds; ++kind) p.weights[kind] = packed.weights(kind);
   p.scale = packed.scale.get(), p.shift = packed.shift.get(), p.layer_norm = packed.layer_norm.get();
   p.layer_norm_eps = T(layer_norm_eps);
   return p;
@@ -320,7 +327,7 @@ void GroupMix<T>::backward(const AggregateTensors<T>& t, const AggregateWeights<
                            double count, T* grads, Isa isa, const Workers& workers) {
   const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   Packed<T> packed(t.segment, k.lanes);
-  packed.pack_mixing(w, k, true, workers);
+  packed.pack_layer_norm(w);
   packed.fold_norms(w);
   AggregateBackwardProblem<T> p = backward_problem(t, packed, w.layer_norm_eps);
   // dU = scale * (dA - mean(dA) - U^ mean(dA U^)) with U^ = (U - mean) / sigma
@@ -345,6 +352,7 @@ void GroupMix<T>::backward(const AggregateTensors<T>& t, const AggregateWeights<
     totals[kind] = partial[kind].get();
   }
   run_kinds(p.plan, chunks, workers, [&](int64_t kind, int64_t chunk, int64_t begin, int64_t end) {
+    packed.pack_once(kind, w, k, Packing::backward, p.weights[kind]);
     k.backward(p, kind, begin, end, partial[kind].get() + places.of(chunk) * grad_size(packed, kind));
   });
   for (int64_t kind = 1; kind < kKinds; ++kind)

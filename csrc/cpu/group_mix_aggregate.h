@@ -23,14 +23,11 @@ LKCONV_INLINE void with_storage(DType dtype, F&& f) {
 template <class T>
 constexpr GroupMixSizes kSizes{kLanes<T>};
 
-// a * clamp(a + 3, 0, 6) / 6. The comparisons are written so that a NaN stays one.
+// a * clamp(a + 3, 0, 6) / 6; a NaN stays one.
 template <class T>
 LKCONV_INLINE Vec<T> hard_swish(Vec<T> a) {
-  const Vec<T> zero{}, six = zero + T(6);
-  Vec<T> r = a + T(3);
-  r = r < zero ? zero : r;
-  r = r > six ? six : r;
-  return a * r * T(1.0 / 6);
+  const Vec<T> zero{};
+  return a * at_most<T>(at_least<T>(a + T(3), zero), zero + T(6)) * T(1.0 / 6);
 }
 
 // 0 up to -3, 1 from 3 on, a / 3 + 1 / 2 between.
@@ -113,14 +110,13 @@ LKCONV_INLINE T standardise(T* u, int64_t channels, T eps) {
 template <class T>
 using Between = std::conditional_t<LKCONV_BF16_PRODUCTS != 0, bf16, T>;
 
-// U = P T of `count` pixels, T being rows of `parts` times `padded` channels. `init` is added.
-template <class T>
-void multiply_pointwise(const AggregateProblem<T>& p, int64_t kind, const Between<T>* tile, int64_t count,
-                        const T* init, T* u) {
+// U = P T of `count` pixels, T being rows of `parts` times `padded` channels: each register of U, `init`
+// added, goes to keep(pixel, vector, U).
+template <class T, class Keep>
+LKCONV_INLINE void multiply_pointwise(const AggregateProblem<T>& p, int64_t kind, const Between<T>* tile,
+                                      int64_t count, const T* init, Keep&& keep) {
   constexpr int L = kLanes<T>;
   const int64_t padded = kSizes<T>.padded(p.segment), parts = kind_parts(kind), depth = parts * padded;
-  const auto keep = [=](int64_t i, int64_t j, Vec<T> v)
-                        __attribute__((always_inline)) { store(u + i * padded + j * L, v); };
 #if LKCONV_BF16_PRODUCTS
   const Left<Bf16Pair> pairs{reinterpret_cast<const Bf16Pair*>(tile), depth / 2, 1};
   gemm<Bf16Pair, Rows::pixels>(pairs, p.weights[kind].in_out_pairs, padded,
@@ -132,9 +128,21 @@ void multiply_pointwise(const AggregateProblem<T>& p, int64_t kind, const Betwee
 #endif
 }
 
-// U = P D(z) of one strip, tile by tile: done(first token, tokens, U) with U of padded rows. `init` is added.
+// The same into rows of padded channels.
+template <class T>
+void multiply_pointwise(const AggregateProblem<T>& p, int64_t kind, const Between<T>* tile, int64_t count,
+                        T* u) {
+  constexpr int L = kLanes<T>;
+  const int64_t padded = kSizes<T>.padded(p.segment);
+  multiply_pointwise<T>(p, kind, tile, count, nullptr,
+                        [=](int64_t i, int64_t j, Vec<T> v)
+                            __attribute__((always_inline)) { store(u + i * padded + j * L, v); });
+}
+
+// T = D(z) of one strip, tile by tile: done(first token, tokens, T, U), U being room for rows of padded
+// channels.
 template <class T, class S, class Done>
-void mix_strip(const AggregateProblem<T>& p, int64_t kind, const Strip& strip, const T* init, Done&& done) {
+void convolve_strip(const AggregateProblem<T>& p, int64_t kind, const Strip& strip, Done&& done) {
   constexpr int L = kLanes<T>;
   const int64_t padded = kSizes<T>.padded(p.segment), groups = padded / L, parts = kind_parts(kind);
   const int64_t kernel = kKindKernel[kind], r = kernel / 2, depth = parts * padded;
@@ -157,8 +165,7 @@ void mix_strip(const AggregateProblem<T>& p, int64_t kind, const Strip& strip, c
     const int64_t y1 = std::min(y + rows, strip.y1), count = (y1 - y) * p.width;
     for (int64_t g = 0; g < parts * groups; ++g)
       depthwise_rows(w, g, kernel, weight + g * kernel * kernel * L, Vec<T>{}, y, y1, tile + g * L, depth);
-    multiply_pointwise(p, kind, tile, count, init, u);
-    done(y * p.width, count, u);
+    done(y * p.width, count, tile, u);
   }
 }
 
@@ -198,8 +205,53 @@ void finish_local(const AggregateProblem<T>& p, int64_t image, int64_t n, int64_
 
 template <class T, class S>
 void local_strip(const AggregateProblem<T>& p, const Strip& strip) {
-  mix_strip<T, S>(p, kLocalKind, strip, nullptr,
-                  [&](int64_t n, int64_t count, T* u) { finish_local<T, S>(p, strip.image, n, count, u); });
+  convolve_strip<T, S>(p, kLocalKind, strip, [&](int64_t n, int64_t count, const Between<T>* tile, T* u) {
+    multiply_pointwise(p, kLocalKind, tile, count, u);
+    finish_local<T, S>(p, strip.image, n, count, u);
+  });
+}
+
+// hardswish(P T) of `count` pixels of a convolved segment, BatchNorm included, straight from registers.
+template <class T, class S>
+void multiply_activated(const AggregateProblem<T>& p, int64_t kind, const Between<T>* tile, int64_t count,
+                        const Tokens<S>& to) {
+  constexpr int L = kLanes<T>;
+  const int64_t d = p.segment, padded = kSizes<T>.padded(d);
+  const T *scale = p.scale + kind * padded, *shift = p.shift + kind * padded;
+  if constexpr (LKCONV_BF16_PRODUCTS)
+    multiply_pointwise<T>(p, kind, tile, count, nullptr,
+                          [=](int64_t i, int64_t j, Vec<T> v) __attribute__((always_inline)) {
+                            const Vec<T> a = v * load(scale + j * L) + load(shift + j * L);
+                            store_channels<T>(to.at(i) + j * L, d - j * L, hard_swish<T>(a));
+                          });
+  else  // weights hold the scale
+    multiply_pointwise<T>(p, kind, tile, count, shift,
+                          [=](int64_t i, int64_t j, Vec<T> v) __attribute__((always_inline)) {
+                            store_channels<T>(to.at(i) + j * L, d - j * L, hard_swish<T>(v));
+                          });
+}
+
+// hardswish(scale * U + shift) of one segment of a token.
+template <class T, class S>
+LKCONV_INLINE void normalize_segment(const AggregateProblem<T>& p, int64_t s, const S* from, S* to) {
+  constexpr int L = kLanes<T>;
+  const int64_t d = p.segment, at = s * kSizes<T>.padded(d);
+  for (int64_t c = 0; c < d; c += L) {
+    const Vec<T> u = load_channels<T>(from + c, d - c);
+    store_channels<T>(to + c, d - c, hard_swish<T>(u * load(p.scale + at + c) + load(p.shift + at + c)));
+  }
+}
+
+// Segment 0 of one strip, which is not convolved.
+template <class T, class S>
+void normalize_strip(const AggregateProblem<T>& p, const Strip& strip, const Tokens<S>& to) {
+  const auto from = segment_tokens(p, static_cast<const S*>(p.qkv), strip.image, strip.part, 0);
+  const int64_t end = strip.y1 * p.width;
+  for (int64_t n = strip.y0 * p.width; n < end; ++n) {
+    request_token(from, n, end, p.segment);
+    request_token(to, n, end, p.segment);
+    normalize_segment<T, S>(p, 0, from.at(n), to.at(n));
+  }
 }
 
 // Evaluation: BatchNorm is folded into the pointwise product, one pass.
@@ -217,22 +269,12 @@ void aggregate(const AggregateProblem<T>& p, int64_t kind, int64_t begin, int64_
       }
       const auto to = part_tokens(p, static_cast<S*>(p.mixed), strip.image, strip.part, kMixed * p.segment,
                                   kind * p.segment);
-      const bool folded = kind != 0 && !LKCONV_BF16_PRODUCTS;
-      const T *scale = p.scale + kind * padded, *shift = p.shift + kind * padded;
-      const int64_t d = p.segment, tokens_end = strip.y1 * p.width;
-      auto activate = [=](int64_t n, int64_t count, T* u) {
-        for (int64_t i = 0; i < count; ++i, u += padded) {
-          request_token(to, n + i, tokens_end, d);
-          for (int64_t c = 0; c < d; c += L) {
-            const Vec<T> a = folded ? load(u + c) : load(u + c) * load(scale + c) + load(shift + c);
-            store_channels<T>(to.at(n + i) + c, d - c, hard_swish<T>(a));
-          }
-        }
-      };
       if (kind == 0)
-        copy_strip<T, S>(p, strip, activate);
+        normalize_strip<T, S>(p, strip, to);
       else
-        mix_strip<T, S>(p, kind, strip, folded ? shift : nullptr, activate);
+        convolve_strip<T, S>(p, kind, strip, [&](int64_t n, int64_t count, const Between<T>* tile, T*) {
+          multiply_activated(p, kind, tile, count, Tokens<S>{to.at(n), to.token});
+        });
     }
   });
 }
@@ -253,24 +295,14 @@ void mix(const AggregateProblem<T>& p, int64_t kind, int64_t begin, int64_t end,
       } else {
         const auto to = part_tokens(p, static_cast<S*>(p.premix), strip.image, strip.part,
                                     (kMixed - 1) * p.segment, (kind - 1) * p.segment);
-        mix_strip<T, S>(p, kind, strip, nullptr, [&](int64_t n, int64_t count, T* u) {
+        convolve_strip<T, S>(p, kind, strip, [&](int64_t n, int64_t count, const Between<T>* tile, T* u) {
+          multiply_pointwise(p, kind, tile, count, u);
           store_tokens(to, n, count, p.segment, u, padded);
           gather(n, count, u);
         });
       }
     }
   });
-}
-
-// hardswish(scale * U + shift) of one segment of a token.
-template <class T, class S>
-LKCONV_INLINE void normalize_segment(const AggregateProblem<T>& p, int64_t s, const S* from, S* to) {
-  constexpr int L = kLanes<T>;
-  const int64_t d = p.segment, at = s * kSizes<T>.padded(d);
-  for (int64_t c = 0; c < d; c += L) {
-    const Vec<T> u = load_channels<T>(from + c, d - c);
-    store_channels<T>(to + c, d - c, hard_swish<T>(u * load(p.scale + at + c) + load(p.shift + at + c)));
-  }
 }
 
 // Training, second pass. Tokens are counted over (3, B, N).

@@ -10,7 +10,9 @@ namespace {
 
 constexpr int64_t kTaps = 49;
 // Heads 0-1, 2-4 and 5-7 see windows of 3, 5 and 7 tokens.
-constexpr int64_t kWindows[3] = {3, 5, 7}, kWindowHeads[3] = {2, 3, 3};
+constexpr int64_t kLists = 3;
+constexpr int64_t kWindows[kLists] = {3, 5, 7}, kFirstHead[kLists] = {0, 2, 5},
+                  kWindowHeads[kLists] = {2, 3, 3};
 
 // The position encoding's weights as [group][tap][lane]; a group's window is the largest of its lanes', the
 // smaller ones lie in its middle.
@@ -35,36 +37,33 @@ struct PositionWeights {
 
   int64_t list_of(int64_t c) const { return c < 2 * head ? 0 : c < 5 * head ? 1 : 2; }
 
-  // visit(where tap t of channel c lies, where its mirror image lies, its place in the parameter list)
+  int64_t list_size(int64_t list) const {
+    return kWindowHeads[list] * head * kWindows[list] * kWindows[list];
+  }
+  int64_t weight_count() const { return list_size(0) + list_size(1) + list_size(2); }
+
+  // For the taps of one list, in its order: visit(where the tap lies, where its mirror image lies).
   template <class Visit>
-  void each_tap(Visit&& visit) const {
-    int64_t at = 0;
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t k = kWindows[list_of(c)], group = c / lanes, wide = kernel[group], shift = (wide - k) / 2;
+  void each_tap(int64_t list, Visit&& visit) const {
+    const int64_t k = kWindows[list], channel = kFirstHead[list] * head;
+    for (int64_t c = channel; c < channel + kWindowHeads[list] * head; ++c) {
+      const int64_t group = c / lanes, wide = kernel[group], shift = (wide - k) / 2;
       const int64_t first = group * kTaps * lanes + c % lanes, last = first + (wide * wide - 1) * lanes;
       for (int64_t y = shift; y < shift + k; ++y)
-        for (int64_t x = shift; x < shift + k; ++x, ++at) {
+        for (int64_t x = shift; x < shift + k; ++x) {
           const int64_t tap = (y * wide + x) * lanes;
-          visit(first + tap, last - tap, at);
+          visit(first + tap, last - tap);
         }
     }
   }
 
-  int64_t weight_count() const {
-    int64_t n = 0;
-    for (int64_t i = 0; i < 3; ++i) n += kWindowHeads[i] * head * kWindows[i] * kWindows[i];
-    return n;
-  }
-
-  void pack(const T* const* weight, const T* const* biases) {
-    Buffer<T> flat(weight_count());
-    T* to = flat.get();
-    for (int64_t i = 0; i < 3; ++i)
-      to = std::copy_n(weight[i], kWindowHeads[i] * head * kWindows[i] * kWindows[i], to);
-    each_tap([&](int64_t tap, int64_t, int64_t at) { depthwise[tap] = flat[at]; });
-    if (flipped.get()) each_tap([&](int64_t, int64_t mirror, int64_t at) { flipped[mirror] = flat[at]; });
-    to = bias.get();
-    for (int64_t i = 0; i < 3; ++i) to = std::copy_n(biases[i], kWindowHeads[i] * head, to);
+  void pack(int64_t list, const T* weight, const T* biases) {
+    std::copy_n(biases, kWindowHeads[list] * head, bias.get() + kFirstHead[list] * head);
+    T *to = depthwise.get(), *mirrored = flipped.get();
+    if (mirrored)
+      each_tap(list, [&](int64_t tap, int64_t mirror) { to[tap] = mirrored[mirror] = *weight++; });
+    else
+      each_tap(list, [&](int64_t tap, int64_t) { to[tap] = *weight++; });
   }
 };
 
@@ -123,19 +122,22 @@ void GroupMixCore<T>::forward(const AttentionTensors<T>& t, T* log_sum, T* conte
                               const Workers& workers) {
   const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   PositionWeights<T> weights(t.segment, k.lanes, false);
-  weights.pack(t.weight, t.bias);
   AttentionProblem<T> p = problem_of(t, weights, 1, workers.threads);
   const Splits splits(t, workers.threads);
   const int64_t head = t.head(), head_row = ceil_div(head, k.lanes) * k.lanes, channels = weights.channels;
   const int64_t size = 2 * weights.groups * k.lanes + channels * head_row;
   Buffer<T> states(t.batch * splits.splits * size);
-  workers.run(t.batch * splits.splits, [&](int64_t i) {
-    const int64_t image = i / splits.splits, s = i % splits.splits;
-    k.context(p, image, splits.begin(s), splits.begin(s + 1), states.get() + i * size);
-  });
-  workers.run(t.batch, [&](int64_t i) {
-    merge_context(weights, states.get() + i * splits.splits * size, size, splits.splits,
-                  log_sum + i * channels, context + i * channels * head);
+  std::vector<std::atomic<int64_t>> gathered(t.batch);
+  // The weights, which only the second pass needs, are packed beside the first; whoever ends an image's last
+  // split merges all of them.
+  workers.run(kLists + t.batch * splits.splits, [&](int64_t i) {
+    if (i < kLists) return weights.pack(i, t.weight[i], t.bias[i]);
+    const int64_t image = (i - kLists) / splits.splits, s = (i - kLists) % splits.splits;
+    T* state = states.get() + image * splits.splits * size;
+    k.context(p, image, splits.begin(s), splits.begin(s + 1), state + s * size);
+    if (++gathered[image] == splits.splits)
+      merge_context(weights, state, size, splits.splits, log_sum + image * channels,
+                    context + image * channels * head);
   });
   p.context = context;
   const Chunks chunks{std::min(p.plan.count(), 8 * workers.threads)};
@@ -149,15 +151,15 @@ void GroupMixCore<T>::backward(const AttentionTensors<T>& t, const T* log_sum, c
                                Isa isa, const Workers& workers) {
   const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
   PositionWeights<T> weights(t.segment, k.lanes, true);
-  weights.pack(t.weight, t.bias);
   AttentionProblem<T> p = problem_of(t, weights, 2, workers.threads);
   const Splits splits(t, workers.threads);
   const int64_t head = t.head(), head_row = ceil_div(head, k.lanes) * k.lanes, channels = weights.channels;
   const int64_t size = channels * head_row;
   Buffer<T> states(t.batch * splits.splits * size);
-  workers.run(t.batch * splits.splits, [&](int64_t i) {
-    const int64_t image = i / splits.splits, s = i % splits.splits;
-    k.grad_context(p, image, splits.begin(s), splits.begin(s + 1), states.get() + i * size);
+  workers.run(kLists + t.batch * splits.splits, [&](int64_t i) {
+    if (i < kLists) return weights.pack(i, t.weight[i], t.bias[i]);
+    const int64_t image = (i - kLists) / splits.splits, s = (i - kLists) % splits.splits;
+    k.grad_context(p, image, splits.begin(s), splits.begin(s + 1), states.get() + (i - kLists) * size);
   });
   Buffer<T> grad_context(t.batch * channels * head), row_sum(t.batch * channels + k.lanes);
   Buffer<T> log_sums(t.batch * channels + k.lanes);  // with room for reading whole vectors
@@ -187,8 +189,9 @@ void GroupMixCore<T>::backward(const AttentionTensors<T>& t, const T* log_sum, c
                          sums.get() + places.of(i) * grad_size);
   });
   add_places(sums.get(), grad_size, places.count);
-  weights.each_tap([&](int64_t tap, int64_t, int64_t at) { grads[at] = sums[tap]; });
-  std::copy_n(sums.get() + weights.groups * kTaps * k.lanes, channels, grads + weights.weight_count());
+  for (int64_t list = 0; list < kLists; ++list)
+    weights.each_tap(list, [&](int64_t tap, int64_t) { *grads++ = sums[tap]; });
+  std::copy_n(sums.get() + weights.groups * kTaps * k.lanes, channels, grads);
 }
 
 template struct GroupMixCore<float>;

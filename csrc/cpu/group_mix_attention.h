@@ -51,6 +51,14 @@ struct AttentionSizes {
     head_row = ceil_div(head, L) * L;
   }
   int64_t matrices() const { return kHeads * head * head_row; }
+
+  // Zeros where loading the channels of `pixels` tokens writes nothing but products read. They also read
+  // tokens past the last: what comes of those, whatever they hold, is used nowhere.
+  void clear_padding(T* rows, int64_t pixels) const {
+    const int64_t loaded = groups * kLanes<T>;
+    for (int64_t i = 0; i < pixels; ++i, rows += row)
+      for (int64_t c = loaded; c < row; c += kLanes<T>) store(rows + c, Vec<T>{});
+  }
 };
 
 template <class S, class T>
@@ -91,7 +99,7 @@ void attention_context(const AttentionProblem<T>& p, int64_t image, int64_t begi
   T *maximum = state, *sum = state + width, *context = state + 2 * width;
   T* k = thread_scratch<T>(2 * kTile * z.row + kRowSlack);
   T* v = k + kTile * z.row;
-  std::memset(k, 0, size_t(2 * kTile * z.row + kRowSlack) * sizeof(T));
+  z.clear_padding(k, 2 * kTile);
   for (int64_t c = 0; c < width; ++c) maximum[c] = std::numeric_limits<T>::lowest();
   with_storage<T>(p.dtype, [&](auto storage) {
     using S = decltype(storage);
@@ -171,7 +179,7 @@ void attention(const AttentionProblem<T>& p, int64_t begin, int64_t end) {
       T* matrices = thread_scratch<T>(z.matrices() + 3 * tile + window);
       T *q = matrices + z.matrices(), *e = q + tile, *o = e + tile;
       v.data = o + tile;
-      if (packed < 0) std::memset(q, 0, size_t(3 * tile) * sizeof(T));
+      if (packed < 0) z.clear_padding(q, 3 * pixels);
       if (packed != strip.image)
         pack_matrices(z, matrices, p.context + strip.image * kHeads * z.head * z.head, p.scale, false);
       packed = strip.image;

@@ -19,7 +19,7 @@ void attention_grad_context(const AttentionProblem<T>& p, int64_t image, int64_t
   const AttentionSizes<T> z(p);
   T* q = thread_scratch<T>(2 * kTile * z.row + kRowSlack);
   T* g = q + kTile * z.row;
-  std::memset(q, 0, size_t(2 * kTile * z.row + kRowSlack) * sizeof(T));
+  z.clear_padding(q, 2 * kTile);
   with_storage<T>(p.dtype, [&](auto storage) {
     using S = decltype(storage);
     for (int64_t n = begin; n < end; n += kTile) {
@@ -120,14 +120,14 @@ void attention_backward(const AttentionProblem<T>& p, int64_t begin, int64_t end
   const AttentionSizes<T> z(p);
   const int64_t rows = std::min(rows_at_once<T>(p.width, z.row), p.plan.rows),
                 matrix = z.head * z.head * kHeads;
-  const int64_t tile = (rows * p.width + kRowSlack) * z.row;
+  const int64_t pixels = rows * p.width + kRowSlack, tile = pixels * z.row;
   with_storage<T>(p.dtype, [&](auto storage) {
     using S = decltype(storage);
     int64_t packed = -1;
     for (int64_t i = begin; i < end; ++i) {
       const Strip strip = p.plan.at(i, p.height);
       const AttentionBackwardScratch<T> s = attention_backward_scratch(p, z, strip, tile);
-      if (packed < 0) std::memset(s.q, 0, size_t(6 * tile) * sizeof(T));
+      if (packed < 0) z.clear_padding(s.q, 6 * pixels);
       if (packed != strip.image) {
         pack_matrices(z, s.context, p.context + strip.image * matrix, p.scale, true);
         pack_matrices(z, s.grad_context, p.grad_context + strip.image * matrix, T(1), false);

@@ -40,12 +40,16 @@ struct Tokens {
 constexpr int64_t kAhead = 16;
 
 template <class S>
-LKCONV_INLINE void request_token(const Tokens<S>& tokens, int64_t n, int64_t end, int64_t channels) {
+LKCONV_INLINE void request_lines(S* first, int64_t channels) {
   constexpr intptr_t kLine = 64;
   constexpr int kWrite = std::is_const_v<S> ? 0 : 1;
-  const auto at = reinterpret_cast<intptr_t>(tokens.at(std::min(n + kAhead, end - 1)));
+  const auto at = reinterpret_cast<intptr_t>(first);
   for (intptr_t line = at & -kLine; line < at + channels * intptr_t(sizeof(S)); line += kLine)
     __builtin_prefetch(reinterpret_cast<const char*>(line), kWrite, 3);
+}
+template <class S>
+LKCONV_INLINE void request_token(const Tokens<S>& tokens, int64_t n, int64_t end, int64_t channels) {
+  request_lines(tokens.at(std::min(n + kAhead, end - 1)), channels);
 }
 
 // dst[i][0, padded channels) = the channels of token n0 + i

@@ -49,6 +49,30 @@ LKCONV_INLINE void keep(V& v) {
 #endif
 }
 
+// max(v, least) and min(v, most); a NaN in v stays one.
+template <class T>
+LKCONV_INLINE Vec<T> at_least(Vec<T> v, Vec<T> least) {
+#if LKCONV_AVX512  // which compilers compare and blend for
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_max_ps((__m512)least, (__m512)v);
+  else
+    return (Vec<T>)_mm512_max_pd((__m512d)least, (__m512d)v);
+#else
+  return v < least ? least : v;
+#endif
+}
+template <class T>
+LKCONV_INLINE Vec<T> at_most(Vec<T> v, Vec<T> most) {
+#if LKCONV_AVX512
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_min_ps((__m512)most, (__m512)v);
+  else
+    return (Vec<T>)_mm512_min_pd((__m512d)most, (__m512d)v);
+#else
+  return v > most ? most : v;
+#endif
+}
+
 // ---- half types -------------------------------------------------------------------------------------------
 typedef uint16_t u16;
 typedef u16 VU16 __attribute__((vector_size(LKCONV_VECTOR_BYTES / 2)));
@@ -97,6 +121,11 @@ LKCONV_INLINE VF load_as_float(const f16* p) {
 LKCONV_INLINE void store_from_float(float* p, VF v) { store(p, v); }
 // Round to nearest even; a NaN keeps its sign and becomes quiet instead of rounding to infinity.
 LKCONV_INLINE VU16 round_to_bf16(VF v) {
+#if LKCONV_BF16_PRODUCTS
+  // The processor's own rounding, but for subnormal numbers, which it takes for zeros.
+  if (__builtin_expect(!_mm512_fpclass_ps_mask((__m512)v, 0x20), 1))
+    return (VU16)(__m256i)_mm512_cvtneps_pbh((__m512)v);
+#endif
   VU32 b = (VU32)v;
   VU32 rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
   VU32 nan = (b >> 16) | 0x40u;

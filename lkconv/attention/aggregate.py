@@ -51,7 +51,8 @@ def namespace(tokens: Tensor, synchronised: bool = False) -> str | None:
 
 def autocast(tokens: Tensor) -> Tensor:
     """tokens in :func:`computed_dtype`."""
-    return tokens.to(computed_dtype(tokens))
+    dtype = computed_dtype(tokens)
+    return tokens if tokens.dtype == dtype else tokens.to(dtype)
 
 
 def aggregate_tokens(

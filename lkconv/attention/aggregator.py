@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,10 +29,9 @@ def buffers_of(modules: Iterable[nn.Module], name: str) -> list[Any]:
     return [m._buffers[name] if name in m._buffers else getattr(m, name) for m in modules]
 
 
-def _children(module: nn.Module, name: str) -> dict[str, Any]:
-    """The submodules of a submodule: attributes that are modules are slow to look up, and a call asks for
-    many."""
-    return cast(nn.Module, module._modules[name])._modules
+def _children(module: nn.Module) -> dict[str, Any]:
+    """The submodules by name: as attributes they are slow to look up, and a call asks for many."""
+    return module._modules
 
 
 class SeparableConv2d(nn.Module):
@@ -53,7 +52,7 @@ def _is_plain_separable(module: Any, in_channels: int, out_channels: int, kernel
     """Whether calling the module is these two convolutions and nothing else."""
     if not is_plain(module, SeparableConv2d):
         return False
-    children = module._modules
+    children = _children(module)
     return is_plain_depthwise(children["conv1"], in_channels, kernel_size, False) and is_plain_pointwise(
         children["pointwise_conv"], in_channels, out_channels
     )
@@ -76,7 +75,8 @@ def _is_plain_local(module: Any, d: int) -> bool:
     """Whether calling the module is the formula of :class:`LocalBranch` and nothing else."""
     if not is_plain(module, LocalBranch):
         return False
-    conv, norm = module._modules["conv"], module._modules["norm"]
+    children = _children(module)
+    conv, norm = children["conv"], children["norm"]
     return (
         _is_plain_separable(conv, 3 * d, d, KERNELS[3])
         and is_plain(norm, nn.LayerNorm)
@@ -129,15 +129,17 @@ class GroupMixAggregator(nn.Module):
         self.agg0 = LocalBranch(d)
 
     def norms(self) -> list[Any]:
-        children = self._modules
+        children = _children(self)
         return [children["norm0"], children["norm1"], children["norm2"], children["norm3"]]
 
     def _fusible(self) -> bool:
         """Whether calling the submodules is the formula of the fused op and nothing else."""
-        d, children = self.dim // 5, self._modules
+        d, children = self.dim // 5, _children(self)
         return (
             self._norms_agree()
-            and all(_is_plain_separable(children[f"agg{i}"], d, d, KERNELS[i - 1]) for i in (1, 2, 3))
+            and _is_plain_separable(children["agg1"], d, d, KERNELS[0])
+            and _is_plain_separable(children["agg2"], d, d, KERNELS[1])
+            and _is_plain_separable(children["agg3"], d, d, KERNELS[2])
             and _is_plain_local(children["agg0"], d)
         )
 
@@ -154,7 +156,7 @@ class GroupMixAggregator(nn.Module):
 
     def _group(self) -> fused.Group | None:
         """The processes that share the statistics of this batch, if any."""
-        norm = self.norm0
+        norm = _children(self)["norm0"]
         if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available()):
             return None
         return fused.shared_group(norm.process_group or dist.group.WORLD)
@@ -167,17 +169,18 @@ class GroupMixAggregator(nn.Module):
 
         The third result is for :meth:`track`, once nothing in the call can fail any more.
         """
-        norms, local = self.norms(), _children(self, "agg0")
+        norms, children = self.norms(), _children(self)
+        local = _children(children["agg0"])
         first, layer_norm = norms[0], local["norm"]
-        by_batch = first.training or first.running_mean is None
-        separable = [*(_children(self, f"agg{i}") for i in (1, 2, 3)), local["conv"]._modules]
+        by_batch = first.training or first._buffers["running_mean"] is None
+        convs = [_children(c) for c in (children["agg1"], children["agg2"], children["agg3"], local["conv"])]
         parameters = AggregateParameters(
-            parameters_of([s["conv1"] for s in separable], "weight"),
-            parameters_of([s["pointwise_conv"] for s in separable], "weight"),
+            parameters_of([c["conv1"] for c in convs], "weight"),
+            parameters_of([c["pointwise_conv"] for c in convs], "weight"),
             parameters_of(norms, "weight"),
             parameters_of(norms, "bias"),
-            *parameters_of([layer_norm], "weight"),
-            *parameters_of([layer_norm], "bias"),
+            *parameters_of((layer_norm,), "weight"),
+            *parameters_of((layer_norm,), "bias"),
         )
         return run(
             namespace,

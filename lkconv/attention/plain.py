@@ -14,8 +14,13 @@ from .._hooks import is_plain
 from ..modules import DepthwiseConv2d
 
 
-def _geometry(conv: Any) -> tuple:
-    return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode
+def _geometry(conv: nn.Module) -> tuple:
+    # From its dictionary, where Dynamo reads them too; it does not know operator.itemgetter.
+    s = conv.__dict__
+    return (
+        s["in_channels"], s["out_channels"], s["groups"],
+        s["kernel_size"], s["stride"], s["padding"], s["dilation"], s["padding_mode"],
+    )  # fmt: skip
 
 
 def _same_padding(kernel_size: int) -> tuple:
@@ -29,8 +34,7 @@ def is_plain_depthwise(conv: Any, channels: int, kernel_size: int, bias: bool) -
     """Whether calling ``conv`` is a depthwise k x k convolution with "same" padding and nothing else."""
     return (
         is_plain(conv, nn.Conv2d, DepthwiseConv2d)
-        and conv.in_channels == conv.out_channels == conv.groups == channels
-        and _geometry(conv) == _SAME_PADDING[kernel_size]
+        and _geometry(conv) == (channels, channels, channels, *_SAME_PADDING[kernel_size])
         and (conv._parameters.get("bias") is not None) == bias
     )
 
@@ -39,7 +43,6 @@ def is_plain_pointwise(conv: Any, in_channels: int, out_channels: int) -> bool:
     """Whether calling ``conv`` is a 1 x 1 convolution without bias and nothing else."""
     return (
         is_plain(conv, nn.Conv2d)
-        and (conv.in_channels, conv.out_channels, conv.groups) == (in_channels, out_channels, 1)
-        and _geometry(conv) == _SAME_PADDING[1]
+        and _geometry(conv) == (in_channels, out_channels, 1, *_SAME_PADDING[1])
         and conv._parameters.get("bias") is None
     )
