@@ -55,7 +55,7 @@ def test_float32(dim, batch, height, width):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dim", [40, 160, 240])
+@pytest.mark.parametrize("dim", [40, 90, 160, 240])  # 90: heads of nine channels
 def test_core_in_half_types(dim, dtype):
     """The core alone: at most twice the error of the same operators in the same dtype."""
     d, size = dim // 5, (7, 9)

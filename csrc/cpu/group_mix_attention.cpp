@@ -120,7 +120,9 @@ void merge_context(const PositionWeights<T>& w, const T* state, int64_t state_si
 template <class T>
 void GroupMixCore<T>::forward(const AttentionTensors<T>& t, T* log_sum, T* context, Isa isa,
                               const Workers& workers) {
-  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, t.dtype);
+  // Pairs of channels would mix heads that have an odd number of them.
+  const DType products = t.head() % 2 ? DType::f32 : t.dtype;
+  const GroupMixKernels<T>& k = group_mix_kernels<T>(isa, t.segment, products);
   PositionWeights<T> weights(t.segment, k.lanes, false);
   AttentionProblem<T> p = problem_of(t, weights, 1, workers.threads);
   const Splits splits(t, workers.threads);

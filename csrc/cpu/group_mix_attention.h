@@ -51,6 +51,7 @@ struct AttentionSizes {
     head_row = ceil_div(head, L) * L;
   }
   int64_t matrices() const { return kHeads * head * head_row; }
+  int64_t packed_matrices() const { return (LKCONV_BF16_PRODUCTS ? 2 : 1) * matrices(); }
 
   // Zeros where loading the channels of `pixels` tokens writes nothing but products read. They also read
   // tokens past the last: what comes of those, whatever they hold, is used nowhere.
@@ -88,17 +89,66 @@ void raise_maxima(const AttentionSizes<T>& z, const T* k, int64_t count, T* maxi
   }
 }
 
+// What products of tokens are made of: their values, or pairs of bfloat16 of two neighbouring tokens or
+// channels.
+template <class T>
+using Factor = std::conditional_t<LKCONV_BF16_PRODUCTS != 0, Bf16Pair, T>;
+constexpr int64_t kTokensPerFactor = LKCONV_BF16_PRODUCTS ? 2 : 1;
+
+// The exponentials of a tile of K, which join the sums, as factors; those may lie where K does.
+template <class T>
+void exponentials(const AttentionSizes<T>& z, const T* k, int64_t count, const T* maximum, T* sum,
+                  Factor<T>* out) {
+  constexpr int L = kLanes<T>;
+  for (int64_t g = 0; g < z.groups * L; g += L) {
+    Vec<T> total = load(sum + g);
+    const Vec<T> top = load(maximum + g);
+    const auto next = [&](int64_t i) __attribute__((always_inline)) {
+      const Vec<T> e = exp_nonpositive<T>(load(k + i * z.row + g) - top);
+      total += e;
+      return e;
+    };
+#if LKCONV_BF16_PRODUCTS
+    for (int64_t i = 0; i < count; i += 2) {
+      const VU16 first = round_to_bf16(next(i));
+      store_pairs(out + i / 2 * z.row + g, first, i + 1 < count ? round_to_bf16(next(i + 1)) : VU16{});
+    }
+#else
+    for (int64_t i = 0; i < count; ++i) store(out + i * z.row + g, next(i));
+#endif
+    store(sum + g, total);
+  }
+}
+
+// A tile of V as factors.
+template <class T, class S>
+void load_factors(const AttentionSizes<T>& z, Factor<T>* v, const Tokens<const S>& tokens, int64_t n,
+                  int64_t count) {
+#if LKCONV_BF16_PRODUCTS
+  const auto bits = [&](int64_t i, int64_t c) __attribute__((always_inline)) {
+    return (VU32)load_channels<T>(tokens.at(n + i) + c, z.channels - c);
+  };
+  for (int64_t i = 0; i < count; i += 2, v += z.row)
+    for (int64_t c = 0; c < z.channels; c += kLanes<T>) {
+      const VU32 second = i + 1 < count ? bits(i + 1, c) : VU32{};
+      _mm512_storeu_si512(v + c, (__m512i)(bits(i, c) >> 16 | second));
+    }
+#else
+  load_tokens(v, z.row, tokens, n, count, z.channels);
+#endif
+}
+
 // Tokens [begin, end) of one image: state = maxima, sums of exp(K - maximum), and exp(K - maximum)^T V per
 // head.
 template <class T>
 void attention_context(const AttentionProblem<T>& p, int64_t image, int64_t begin, int64_t end, T* state) {
-  constexpr int L = kLanes<T>;
   constexpr int64_t kTile = 64;
   const AttentionSizes<T> z(p);
-  const int64_t width = z.groups * L;
+  const int64_t width = z.groups * kLanes<T>;
   T *maximum = state, *sum = state + width, *context = state + 2 * width;
   T* k = thread_scratch<T>(2 * kTile * z.row + kRowSlack);
-  T* v = k + kTile * z.row;
+  auto* e = reinterpret_cast<Factor<T>*>(k);  // in the place of K
+  auto* v = reinterpret_cast<Factor<T>*>(k + kTile * z.row);
   z.clear_padding(k, 2 * kTile);
   for (int64_t c = 0; c < width; ++c) maximum[c] = std::numeric_limits<T>::lowest();
   with_storage<T>(p.dtype, [&](auto storage) {
@@ -106,22 +156,12 @@ void attention_context(const AttentionProblem<T>& p, int64_t image, int64_t begi
     for (int64_t n = begin; n < end; n += kTile) {
       const int64_t count = std::min(kTile, end - n);
       load_tokens(k, z.row, attention_tokens<S>(p, image, 1), n, count, z.channels);
-      load_tokens(v, z.row, attention_tokens<S>(p, image, 2), n, count, z.channels);
+      load_factors(z, v, attention_tokens<S>(p, image, 2), n, count);
       raise_maxima(z, k, count, maximum, sum, context);
-      for (int64_t g = 0; g < z.groups; ++g) {
-        Vec<T> total = load(sum + g * L);
-        const Vec<T> top = load(maximum + g * L);
-        for (int64_t i = 0; i < count; ++i) {
-          T* at = k + i * z.row + g * L;
-          const Vec<T> e = exp_nonpositive<T>(load(at) - top);
-          total += e;
-          store(at, e);
-        }
-        store(sum + g * L, total);
-      }
+      exponentials(z, k, count, maximum, sum, e);
       for (int64_t h = 0; h < kHeads; ++h)
-        gemm_accumulate(context + h * z.head * z.head_row, z.head_row, k + h * z.head, z.row, v + h * z.head,
-                        z.row, z.head, z.head_row / L, count);
+        gemm_accumulate(context + h * z.head * z.head_row, z.head_row, e + h * z.head, z.row, v + h * z.head,
+                        z.row, z.head, z.head_row / kLanes<T>, ceil_div(count, kTokensPerFactor));
     }
   });
 }
@@ -137,18 +177,21 @@ void pack_matrices(const AttentionSizes<T>& z, T* dst, const T* src, T factor, b
 }
 
 // For every head: finish(pixel, channel, sum_k a[pixel][k] * matrix[k][channel]). The last vector of a head
-// runs into the next head, whose own results come later and replace it.
-template <class T, class Finish>
-void multiply_heads(const AttentionSizes<T>& z, const T* a, const T* matrices, int64_t count,
+// runs into the next head, whose own results come later and replace it. Factors that are pairs are of
+// neighbouring k.
+template <class E, class Finish>
+void multiply_heads(const AttentionSizes<Sum<E>>& z, const E* a, const E* matrices, int64_t count,
                     Finish&& finish) {
+  using T = Sum<E>;
   constexpr int L = kLanes<T>;
+  constexpr int64_t values = std::is_same_v<E, T> ? 1 : 2;
   for (int64_t h = 0; h < kHeads; ++h) {
     const int64_t c = h * z.head;
-    gemm<T, Rows::pixels>(Left<T>{a + c, z.row, 1}, matrices + c * z.head_row, z.head_row, {z.head}, count,
-                          z.head_row / L, static_cast<const T*>(nullptr),
-                          [=](int64_t i, int64_t j, Vec<T> v) __attribute__((always_inline)) {
-                            finish(i * z.row + c + j * L, c + j * L, v);
-                          });
+    gemm<E, Rows::pixels>(
+        Left<E>{a + c / values, z.row / values, 1}, matrices + c / values * z.head_row, z.head_row,
+        {z.head / values}, count, z.head_row / L, static_cast<const T*>(nullptr),
+        [=](int64_t i, int64_t j, Vec<T> v)
+            __attribute__((always_inline)) { finish(i * z.row + c + j * L, c + j * L, v); });
   }
 }
 
@@ -163,6 +206,21 @@ void position_rows(const AttentionProblem<T>& p, const AttentionSizes<T>& z, con
                    y0, y1, out + g * L, z.row);
 }
 
+// scale * context of one image as factors; `matrices` is where they lie as numbers.
+template <class T>
+const Factor<T>* pack_context(const AttentionProblem<T>& p, const AttentionSizes<T>& z, int64_t image,
+                              T* matrices) {
+  pack_matrices(z, matrices, p.context + image * kHeads * z.head * z.head, p.scale, false);
+#if LKCONV_BF16_PRODUCTS
+  auto* pairs = reinterpret_cast<Bf16Pair*>(matrices + z.matrices());
+  pack_pairs(pairs, matrices, kHeads * z.head, z.head_row);
+  return pairs;
+#else
+  return matrices;
+#endif
+}
+
+// Heads are of an even number of channels where factors are pairs.
 template <class T>
 void attention(const AttentionProblem<T>& p, int64_t begin, int64_t end) {
   const AttentionSizes<T> z(p);
@@ -170,18 +228,19 @@ void attention(const AttentionProblem<T>& p, int64_t begin, int64_t end) {
   const int64_t pixels = rows * p.width + kRowSlack, tile = pixels * z.row;
   with_storage<T>(p.dtype, [&](auto storage) {
     using S = decltype(storage);
+    const Factor<T>* context = nullptr;
     int64_t packed = -1;
     for (int64_t i = begin; i < end; ++i) {
       const Strip strip = p.plan.at(i, p.height);
       Window<T> v{nullptr, strip.y0 - 3, strip.y1 - strip.y0 + 6, p.width, p.height, 3};
       // The size does not depend on the strip, so that the packed matrices survive from one to the next.
       const int64_t window = z.groups * (p.plan.rows + 6) * v.row_size();
-      T* matrices = thread_scratch<T>(z.matrices() + 3 * tile + window);
-      T *q = matrices + z.matrices(), *e = q + tile, *o = e + tile;
-      v.data = o + tile;
-      if (packed < 0) z.clear_padding(q, 3 * pixels);
-      if (packed != strip.image)
-        pack_matrices(z, matrices, p.context + strip.image * kHeads * z.head * z.head, p.scale, false);
+      T* matrices = thread_scratch<T>(z.packed_matrices() + 3 * tile + window);
+      T *e = matrices + z.packed_matrices(), *o = e + tile;
+      auto* q = reinterpret_cast<Between<T>*>(o + tile);
+      v.data = o + 2 * tile;
+      if (packed < 0) z.clear_padding(e, 3 * pixels);
+      if (packed != strip.image) context = pack_context(p, z, strip.image, matrices);
       packed = strip.image;
       load_window(v, 0, z.groups, attention_tokens<S>(p, strip.image, 2), z.channels);
       const auto to = Tokens<S>{static_cast<S*>(p.out) + strip.image * p.tokens() * kKinds * d, kKinds * d};
@@ -190,9 +249,9 @@ void attention(const AttentionProblem<T>& p, int64_t begin, int64_t end) {
         const int64_t y1 = std::min(y + rows, strip.y1), n = y * p.width, count = (y1 - y) * p.width;
         load_tokens(q, z.row, attention_tokens<S>(p, strip.image, 0), n, count, z.channels);
         position_rows(p, z, v, y, y1, p.depthwise, p.bias, e);
-        multiply_heads(z, q, matrices, count,
+        multiply_heads(z, reinterpret_cast<const Factor<T>*>(q), context, count,
                        [=](int64_t at, int64_t, Vec<T> a) __attribute__((always_inline)) {
-                         store(o + at, a + load(q + at) * load(e + at));
+                         store(o + at, a + load_as(q + at, T()) * load(e + at));
                        });
         store_tokens(to, n, count, z.channels, o, z.row);
         for (int64_t t = n; t < n + count; ++t)

@@ -116,12 +116,14 @@ LKCONV_INLINE void gemm(const Left<E>& left, const E* b, int64_t b_row, const De
   }
 }
 
-// c[i * c_row + j] += sum over n < depth of a[n * a_row + i] * b[n * b_row + j]: a sum over pixels.
-template <class T>
-void gemm_accumulate(T* c, int64_t c_row, const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t rows,
-                     int64_t vectors, int64_t depth) {
+// c[i * c_row + j] += sum over n < depth of a[n * a_row + i] * b[n * b_row + j]: a sum over pixels, or over
+// pairs of them.
+template <class E>
+void gemm_accumulate(Sum<E>* c, int64_t c_row, const E* a, int64_t a_row, const E* b, int64_t b_row,
+                     int64_t rows, int64_t vectors, int64_t depth) {
+  using T = Sum<E>;
   constexpr int L = kLanes<T>;
-  gemm<T, Rows::channels>(Left<T>{a, 1, a_row}, b, b_row, {depth}, rows, vectors,
+  gemm<E, Rows::channels>(Left<E>{a, 1, a_row}, b, b_row, {depth}, rows, vectors,
                           static_cast<const T*>(nullptr),
                           [=](int64_t i, int64_t j, Vec<T> v) __attribute__((always_inline)) {
                             T* to = c + i * c_row + j * L;
@@ -151,14 +153,15 @@ void transpose_weight(T* dst, int64_t dst_row, const T* src, int64_t rows, int64
 }
 
 #if LKCONV_BF16_PRODUCTS
+LKCONV_INLINE void store_pairs(Bf16Pair* to, VU16 first, VU16 second) {
+  _mm512_storeu_si512(to, (__m512i)(widen(first) | widen(second) << 16));
+}
+
 template <class T>
 void pack_pairs(Bf16Pair* dst, const T* src, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; r += 2, src += 2 * columns, dst += columns)
-    for (int64_t c = 0; c < columns; c += kLanes<T>) {
-      const VU32 low = widen(round_to_bf16(load(src + c))),
-                 high = widen(round_to_bf16(load(src + columns + c)));
-      _mm512_storeu_si512(dst + c, (__m512i)(low | high << 16));
-    }
+    for (int64_t c = 0; c < columns; c += kLanes<T>)
+      store_pairs(dst + c, round_to_bf16(load(src + c)), round_to_bf16(load(src + columns + c)));
 }
 template <class T>
 constexpr auto kPackPairs = pack_pairs<T>;

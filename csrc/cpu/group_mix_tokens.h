@@ -64,6 +64,16 @@ void load_tokens(T* dst, int64_t dst_row, const Tokens<const S>& src, int64_t n0
   }
 }
 
+#if LKCONV_BF16_PRODUCTS
+inline void load_tokens(bf16* dst, int64_t dst_row, const Tokens<const bf16>& src, int64_t n0, int64_t count,
+                        int64_t channels) {
+  for (int64_t i = n0; i < n0 + count; ++i, dst += dst_row) {
+    request_token(src, i, n0 + count, channels);
+    std::memcpy(dst, src.at(i), size_t(channels) * sizeof(bf16));
+  }
+}
+#endif
+
 template <class T, class S>
 void store_tokens(const Tokens<S>& dst, int64_t n0, int64_t count, int64_t channels, const T* src,
                   int64_t src_row) {
