@@ -130,6 +130,7 @@ py::dict to_dict(const Candidate& c) {
   d["lanes"] = p.lanes;
   d["tile"] = py::make_tuple(p.tile_h, p.tile_w);
   d["in_place"] = p.in_place;
+  d["swept"] = p.swept;
   d["fft"] = py::make_tuple(p.fft_h, p.fft_w);
   d["splits"] = p.splits;
   d["scratch_bytes"] = p.scratch_bytes;

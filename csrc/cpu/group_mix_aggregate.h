@@ -257,8 +257,6 @@ void normalize_strip(const AggregateProblem<T>& p, const Strip& strip, const Tok
 // Evaluation: BatchNorm is folded into the pointwise product, one pass.
 template <class T>
 void aggregate(const AggregateProblem<T>& p, int64_t kind, int64_t begin, int64_t end) {
-  constexpr int L = kLanes<T>;
-  const int64_t padded = kSizes<T>.padded(p.segment);
   with_storage<T>(p.dtype, [&](auto storage) {
     using S = decltype(storage);
     for (int64_t i = begin; i < end; ++i) {

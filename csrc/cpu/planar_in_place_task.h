@@ -3,6 +3,7 @@
 #pragma once
 
 #include "planar_in_place.h"
+#include "planar_sweep.h"
 #include "planar_strided.h"
 
 namespace lkconv::cpu::LKCONV_ISA {
@@ -224,6 +225,8 @@ void forward_pixels_of(const PlanarProblem& p, const Plan& plan, int64_t task0, 
     run_planes(PhaseTask<T>(p, plan), f, task0, task1);
   else if (f.stride_w == 2)
     run_planes(StridedTask<T>(f, plan), f, task0, task1);
+  else if (plan.swept)
+    run_planes(SweepTask<T>(f, plan), f, task0, task1);
   else
     PixelTask<T>(f, plan).run(task0, task1);
 }

@@ -18,6 +18,8 @@ constexpr double kPixelProduct = 1.09;
 constexpr double kPixelLoad = 1.9;  // in place most loads cross a cache line, which hide behind products
 constexpr double kPixelBlock = 40;
 constexpr double kPixelPlane = 30;
+constexpr double kSweptProduct = 0.85, kSweptRow = 8;
+constexpr int64_t kLeastSweptRows = 3, kMaxSweptFloatRows = 6, kMaxSweptColumns = 16;
 constexpr double kSplit = 2;   // taking a vector of bfloat16 apart ...
 constexpr double kRound = 14;  // ... and putting one together
 
@@ -219,7 +221,49 @@ Count cost_in_place(const Geometry& g, int64_t reduce, DType dtype, const Machin
   return c;
 }
 
+// In the same terms: sweeps wait for nothing but memory, and a row costs little beyond its products.
+Count cost_of_sweeps(const Geometry& g, DType dtype, const Machine& m, Plan& p) {
+  const double parts = dtype == DType::bf16 ? 2 : 1;
+  p.lanes = int64_t(parts) * m.lanes_f32;
+  p.tile_h = g.out_height;
+  const Count c = count_in_place(g, {g.out_height, p.swept}, p.lanes);
+  const double rows = double(ceil_div(g.out_width, p.swept * p.lanes)) *
+                      double(g.out_height + (g.kernel_h - 1) * std::min(g.dil_h, g.out_height));
+  p.cycles = kSweptProduct * parts * c.products + kSweptRow * rows + kPixelPlane;
+  return c;
+}
+
 }  // namespace
+
+int64_t swept_vectors(const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
+  if (m.isa < Isa::avx512 || (dtype != DType::f32 && dtype != DType::bf16)) return 0;
+  if (g.phases != 1 || g.stride_h != 1 || g.stride_w != 1 || reduce != 1) return 0;
+  // Low kernels have few sums to add to while one is waited for.
+  if (g.kernel_h < kLeastSweptRows || g.kernel_h > kMaxSweptRows || g.kernel_w > kMaxSweptColumns) return 0;
+  const int64_t parts = dtype == DType::bf16 ? 2 : 1, lanes = parts * m.lanes_f32;
+  const int64_t blocks = ceil_div(g.out_width, most_swept(g.kernel_h, parts) * lanes);
+  const int64_t vectors = ceil_div(g.out_width, std::max<int64_t>(1, blocks) * lanes);
+  // A single vector of floats leaves most of a row's time to its other instructions, and tall kernels load
+  // their taps for few products: blocks of rows share loads, unless the kernel's rows are apart.
+  if (parts == 1 && g.dil_h == 1 && vectors < (g.kernel_h > 4 ? 3 : 2)) return 0;
+  if (parts == 1 && g.kernel_h > kMaxSweptFloatRows) return 0;
+  if (vectors < 3) return vectors;
+  const int64_t last = std::max<int64_t>(0, g.out_width - vectors * lanes);
+  const bool whole = g.pad_w <= lanes && last + (vectors - 1) * lanes + (g.kernel_w - 1) * g.dil_w - g.pad_w <=
+                                             g.width;  // all vectors but the first and the last
+  return whole ? vectors : 0;
+}
+
+SweepSizes sweep_sizes(const Geometry& g, const Plan& plan) {
+  const int64_t blocks = ceil_div(g.out_width, plan.swept * plan.lanes);
+  const auto bytes = [](int64_t count, size_t size) { return round_up(count * int64_t(size), 64); };
+  SweepSizes s{};
+  s.columns = bytes(g.kernel_w, sizeof(int64_t));
+  s.blocks = bytes(blocks, size_t(kSweepBlockBytes));
+  s.masks = bytes(blocks * g.kernel_w * plan.swept, sizeof(uint32_t));
+  s.bytes = s.columns + s.blocks + s.masks + bytes(g.kernel_h * g.kernel_w, sizeof(float));
+  return s;
+}
 
 PlanarSizes planar_sizes(const PlanarProblem& p, const Plan& plan) {
   const PlanarBlock& block = kPlanarBlocks[plan.block];
@@ -292,18 +336,30 @@ const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtyp
   if (pass == Pass::backward_weight) return planar_weight_plan(g, dtype, m, plan);
   plan.tile_w = g.out_width;
   double best = std::numeric_limits<double>::infinity();
+  const auto consider = [&](const Plan& p, const Count& c) {
+    if (p.cycles >= best) return;
+    best = p.cycles, plan = p;
+    plan.flops = 2 * double(p.lanes * g.batch * g.channels * reduce) * c.products;
+  };
+  const Plan empty = plan;
   for (int64_t i = 0; i < planar_blocks(m.many_registers); ++i) {
-    Plan p = plan;
+    Plan p = empty;
     p.block = i;
     p.in_place = in_place(g, reduce, i, dtype, m);
     if (!p.in_place && plan.in_place) continue;
-    const Count c = p.in_place ? cost_in_place(g, reduce, dtype, m, p) : cost_of_window(g, reduce, m, p);
-    p.flops = 2 * double(p.lanes * g.batch * g.channels * reduce) * c.products;
-    if (p.cycles < best) best = p.cycles, plan = p;
+    consider(p, p.in_place ? cost_in_place(g, reduce, dtype, m, p) : cost_of_window(g, reduce, m, p));
+  }
+  Plan sweep = empty;
+  sweep.in_place = true;
+  sweep.swept = swept_vectors(g, reduce, dtype, m);
+  if (sweep.swept && !planar_pairs(g, reduce, plan)) {
+    best = std::numeric_limits<double>::infinity();
+    consider(sweep, cost_of_sweeps(g, dtype, m, sweep));
   }
   plan.cycles *= double(g.batch * g.channels);
-  plan.scratch_bytes = plan.in_place ? pixel_sizes(g, plan).bytes
-                                     : sizes_of_one(g, reduce, plan).elements * int64_t(sizeof(float));
+  plan.scratch_bytes = plan.swept      ? sweep_sizes(g, plan).bytes
+                       : plan.in_place ? pixel_sizes(g, plan).bytes
+                                       : sizes_of_one(g, reduce, plan).elements * int64_t(sizeof(float));
   return plan.scratch_bytes > kMaxScratchBytes ? "its scratch memory would exceed the limit" : nullptr;
 }
 

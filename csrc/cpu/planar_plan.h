@@ -80,6 +80,23 @@ struct PixelSizes {
 };
 PixelSizes pixel_sizes(const Geometry& g, const Plan& plan);
 
+// planar_sweep.h: kernel rows, and vectors of columns whose sums registers hold for so many of them, where
+// an element vector holds `parts` vectors of floats.
+constexpr int64_t kMaxSweptRows = 7;
+constexpr int64_t most_swept(int64_t kernel_h, int64_t parts) {
+  return std::min<int64_t>(4, 24 / kernel_h) / parts;
+}
+// Vectors of columns that sweeps take at a time; 0 if blocks of rows do without them, or must.
+int64_t swept_vectors(const Geometry& g, int64_t reduce, DType dtype, const Machine& m);
+
+// The same for sweeps.
+struct SweepSizes {
+  int64_t columns, blocks, masks;
+  int64_t bytes;  // in all
+};
+SweepSizes sweep_sizes(const Geometry& g, const Plan& plan);
+constexpr int64_t kSweepBlockBytes = 4 * int64_t(sizeof(int64_t));
+
 // planar_weight.h: rows of outputs in registers, kernel rows of one call, and columns of taps beside so many.
 constexpr int64_t kWeightBlockRows = 7;
 constexpr int64_t kMaxWeightRows = 3;

@@ -23,6 +23,7 @@ struct Plan {
   int64_t span = 1;                // direct: channel groups handled together
   int64_t block = 0;               // planar: which of kPlanarBlocks; direct: outputs per block, if in place
   bool in_place = false;           // direct, planar: tensors are read where they are
+  int64_t swept = 0;               // planar in place: vectors of columns summed row after row, 0: in blocks
   int64_t images = 1;  // summed together: toeplitz: in a task (forward) or chunk; planar: in backward_weight
   int64_t fft_h = 0, fft_w = 0;  // fft: transform lengths
   int64_t splits = 1;            // backward_weight: parts of the batch summed separately, then in order
