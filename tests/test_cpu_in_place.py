@@ -73,6 +73,26 @@ CONTIGUOUS = [
     Case((2, 6, 13, 18), (3, 3), padding=(1, 1), multiplier=3),
     Case((2, 18, 22, 37), (7, 7), padding=(3, 3), stride=(2, 2), multiplier=2),
     Case((1, 2, 20, 66), (1, 8), padding=(2, 5), stride=(2, 2)),
+    # Planes that are swept row after row: one to four vectors and several blocks of them, rows that end in
+    # one; rows apart, fewer than the kernel's; halos that are missing, one-sided and wider than a vector.
+    same((2, 3, 11, 28), (3, 3)),
+    same((1, 5, 9, 48), (4, 3), bias=False),
+    same((3, 2, 12, 56), (3, 3)),
+    same((1, 3, 7, 64), (6, 5)),
+    same((1, 2, 10, 113), (3, 3), bias=False),
+    same((2, 2, 6, 200), (5, 5)),
+    Case((1, 3, 9, 60), (3, 3)),
+    Case((1, 3, 8, 57), (3, 4), padding=(2, 0)),
+    Case((2, 2, 3, 50), (5, 3), padding=(4, 1)),
+    Case((1, 2, 5, 60), (3, 3), padding=(7, 22), bias=False),
+    same((2, 3, 14, 14), (3, 3), dilation=(5, 5)),
+    same((1, 7, 8, 7), (3, 3), dilation=(3, 3)),
+    same((3, 3, 9, 8), (5, 3), dilation=(2, 1), bias=False),
+    Case((2, 5, 13, 6), (4, 4), padding=(1, 2), dilation=(3, 2)),
+    same((1, 3, 23, 61), (3, 7), dilation=(4, 3)),
+    same((1, 2, 9, 58), (7, 3), dilation=(11, 20)),
+    # Large enough to ask for planes ahead.
+    same((3, 40, 60, 60), (3, 3)),
 ]
 
 all_passes = pytest.mark.parametrize("pass_name", accuracy.PASSES)

@@ -191,6 +191,28 @@ def test_contiguous_rows_are_read_in_place():
     assert plan()["scratch_bytes"] < 4096
 
 
+def test_wide_planes_are_swept():
+    def swept(side, kernel=(3, 3), dtype="float32", **options):
+        options = {"padding": (kernel[0] // 2, kernel[1] // 2), "isa": "avx512", **options}
+        plan = of("planar", candidates(size=(2, 16, side, side), kernel=kernel, dtype=dtype, **options))
+        assert plan["in_place"] or not plan["swept"]
+        return plan["swept"]
+
+    assert [swept(side) for side in (14, 16, 28, 40, 56, 112)] == [0, 0, 2, 3, 4, 4]
+    assert [swept(side, dtype="bfloat16") for side in (7, 14, 28, 56, 112)] == [0, 0, 1, 2, 2]
+    assert [swept(56, (k, k)) for k in (1, 2, 3, 5, 6, 7)] == [0, 0, 4, 4, 4, 0]
+    assert [swept(28, (k, k)) for k in (3, 4, 5)] == [2, 2, 0], "blocks share the loads of taps"
+    assert [swept(56, (k, k), dtype="bfloat16") for k in (3, 5, 7, 8)] == [2, 2, 1, 0]
+    dilated = {"dilation": (3, 1), "padding": (3, 1)}
+    assert [swept(side, dtype="bfloat16", **dilated) for side in (7, 14, 28)] == [0, 1, 1]
+    assert [swept(side, **dilated) for side in (7, 14, 28)] == [0, 0, 2]
+    assert swept(56, (3, 55)) == swept(56, stride=(2, 2)) == swept(56, isa="avx2") == 0
+    assert swept(56, padding=(1, 16)) == 3 and swept(56, padding=(1, 17)) == 0, "inner vectors are whole"
+    assert swept(56, multiplier=2) == 4 and swept(56, multiplier=2, pass_name="backward_input") == 0
+    assert swept(56, pass_name="backward_input") == 4
+    assert swept(56, dtype="float16") == swept(56, dtype="float64") == 0
+
+
 def test_strided_rows_are_read_in_place():
     def in_place(kernel=(3, 3), stride=(2, 2), **options):
         options = {"padding": (1, 1), "isa": "avx512", "kernel": kernel, "stride": stride, **options}

@@ -226,7 +226,7 @@ void forward_pixels_of(const PlanarProblem& p, const Plan& plan, int64_t task0, 
   else if (f.stride_w == 2)
     run_planes(StridedTask<T>(f, plan), f, task0, task1);
   else if (plan.swept)
-    run_planes(SweepTask<T>(f, plan), f, task0, task1);
+    SweepTask<T>(f, plan).run(task0, task1);
   else
     PixelTask<T>(f, plan).run(task0, task1);
 }

@@ -229,7 +229,8 @@ Count cost_of_sweeps(const Geometry& g, DType dtype, const Machine& m, Plan& p) 
   const Count c = count_in_place(g, {g.out_height, p.swept}, p.lanes);
   const double rows = double(ceil_div(g.out_width, p.swept * p.lanes)) *
                       double(g.out_height + (g.kernel_h - 1) * std::min(g.dil_h, g.out_height));
-  p.cycles = kSweptProduct * parts * c.products + kSweptRow * rows + kPixelPlane;
+  const double planes = planar_pairs(g, 1, p) ? 0.5 : 1;
+  p.cycles = planes * (kSweptProduct * parts * c.products + kSweptRow * rows) + kPixelPlane;
   return c;
 }
 
@@ -241,16 +242,19 @@ int64_t swept_vectors(const Geometry& g, int64_t reduce, DType dtype, const Mach
   // Low kernels have few sums to add to while one is waited for.
   if (g.kernel_h < kLeastSweptRows || g.kernel_h > kMaxSweptRows || g.kernel_w > kMaxSweptColumns) return 0;
   const int64_t parts = dtype == DType::bf16 ? 2 : 1, lanes = parts * m.lanes_f32;
+  // Blocks of rows take no longer for planes that share a vector, unless the kernel's rows are apart: each of
+  // theirs is then loaded for one product. They are many enough for that in 16 bits alone.
+  if (2 * g.out_width <= lanes) return parts == 2 && g.dil_h > 1 && 4 * g.out_width > lanes ? 1 : 0;
   const int64_t blocks = ceil_div(g.out_width, most_swept(g.kernel_h, parts) * lanes);
   const int64_t vectors = ceil_div(g.out_width, std::max<int64_t>(1, blocks) * lanes);
   // A single vector of floats leaves most of a row's time to its other instructions, and tall kernels load
-  // their taps for few products: blocks of rows share loads, unless the kernel's rows are apart.
-  if (parts == 1 && g.dil_h == 1 && vectors < (g.kernel_h > 4 ? 3 : 2)) return 0;
-  if (parts == 1 && g.kernel_h > kMaxSweptFloatRows) return 0;
+  // their taps for few products.
+  if (parts == 1 && (g.kernel_h > kMaxSweptFloatRows || vectors < (g.kernel_h > 4 ? 3 : 2))) return 0;
   if (vectors < 3) return vectors;
   const int64_t last = std::max<int64_t>(0, g.out_width - vectors * lanes);
-  const bool whole = g.pad_w <= lanes && last + (vectors - 1) * lanes + (g.kernel_w - 1) * g.dil_w - g.pad_w <=
-                                             g.width;  // all vectors but the first and the last
+  const bool whole =
+      g.pad_w <= lanes && last + (vectors - 1) * lanes + (g.kernel_w - 1) * g.dil_w - g.pad_w <=
+                              g.width;  // all vectors but the first and the last
   return whole ? vectors : 0;
 }
 
@@ -261,7 +265,7 @@ SweepSizes sweep_sizes(const Geometry& g, const Plan& plan) {
   s.columns = bytes(g.kernel_w, sizeof(int64_t));
   s.blocks = bytes(blocks, size_t(kSweepBlockBytes));
   s.masks = bytes(blocks * g.kernel_w * plan.swept, sizeof(uint32_t));
-  s.bytes = s.columns + s.blocks + s.masks + bytes(g.kernel_h * g.kernel_w, sizeof(float));
+  s.bytes = s.columns + s.blocks + s.masks + bytes(2 * g.kernel_h * g.kernel_w, sizeof(float));
   return s;
 }
 
@@ -352,7 +356,7 @@ const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtyp
   Plan sweep = empty;
   sweep.in_place = true;
   sweep.swept = swept_vectors(g, reduce, dtype, m);
-  if (sweep.swept && !planar_pairs(g, reduce, plan)) {
+  if (sweep.swept) {
     best = std::numeric_limits<double>::infinity();
     consider(sweep, cost_of_sweeps(g, dtype, m, sweep));
   }

@@ -52,8 +52,8 @@ inline int64_t planar_row_step(const Geometry& g) {
 // Whether two planes share vectors that a row of one would leave half empty.
 inline bool planar_pairs(const Geometry& g, int64_t reduce, const Plan& plan) {
   const PlanarBlock& block = kPlanarBlocks[plan.block];
-  return plan.in_place && reduce == 1 && g.dil_h == 1 && block.vectors == 1 && block.rows <= 8 &&
-         2 * g.out_width <= plan.lanes;
+  const bool possible = plan.swept || (g.dil_h == 1 && block.vectors == 1 && block.rows <= 8);
+  return plan.in_place && reduce == 1 && possible && 2 * g.out_width <= plan.lanes;
 }
 
 // Whether planar_strided.h reads pixels in place: two columns from one output to the next, or two column

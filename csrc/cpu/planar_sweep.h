@@ -27,9 +27,9 @@ struct LinesAhead {
   }
 };
 
-// The rows of one plane that share input rows (all, or every dil_h-th), and X vectors of their columns. Output
-// row y reads rows y to y + K - 1 of those that begin at `in`, of which [begin, end) lie in the image, at
-// columns[v]; masks[v * X + x] says which elements of vector x do. Those between the first vector and the
+// The rows of one plane that share input rows (all, or every dil_h-th), and X vectors of their columns.
+// Output row y reads rows y to y + K - 1 of those that begin at `in`, of which [begin, end) lie in the image,
+// at columns[v]; masks[v * X + x] says which elements of vector x do. Those between the first vector and the
 // last lie in it whole.
 template <class T>
 struct RowSweep {
@@ -45,6 +45,10 @@ struct RowSweep {
   float initial;
   LinesAhead<T, 0> ahead_in;
   LinesAhead<T, 1> ahead_out;
+  // Of a second plane whose elements fill the upper halves of the vectors (see PixelPair).
+  int64_t second_in, second_out;
+  const float* second_taps;
+  float second_initial;
 };
 
 // The first and the last vector's masks at a column of taps.
@@ -53,13 +57,14 @@ struct EndMasks {
 };
 
 // sums[K - 1 - u] += kernel row u of a row of pixels, for one column of taps.
-template <class T, int X, int K>
-LKCONV_INLINE void sweep_column(PixelSums<T, K, X>& sums, const T* in, EndMasks masks,
+template <class T, int X, int K, bool kPair>
+LKCONV_INLINE void sweep_column(PixelSums<T, K, X>& sums, const T* in, int64_t second, EndMasks masks,
                                 const Vec<float> (&taps)[K]) {
   constexpr int L = kElements<T>, P = kFloatParts<T>;
 #pragma GCC unroll 4
   for (int x = 0; x < X; ++x) {
-    const VU32 bits = x == 0       ? load_bits(in, masks.first)
+    const VU32 bits = kPair        ? load_halves(in, second, masks.first)
+                      : x == 0     ? load_bits(in, masks.first)
                       : x + 1 == X ? load_bits(in + x * L, masks.last)
                                    : load_whole(in + x * L);
     Vec<float> p[P];
@@ -86,6 +91,12 @@ LKCONV_INLINE void store_swept(T* to, const PixelSums<T, K, X>& sums, int64_t la
       store_bits(to + x * L, bits, first_elements(lanes));
   }
 }
+template <class T, int K>
+LKCONV_INLINE void store_swept_pair(T* to, int64_t second, const PixelSums<T, K, 1>& sums, int64_t lanes) {
+  const VU32 bits = put_together(sums[0], T());
+  store_bits(to, bits, first_elements(lanes));
+  store_bits(to + second, bits, first_elements(lanes) << kHalf<T>);
+}
 template <class T, int X, int K>
 LKCONV_INLINE void move_up(PixelSums<T, K, X>& sums, Vec<float> initial) {
 #pragma GCC unroll 8
@@ -96,11 +107,20 @@ LKCONV_INLINE void move_up(PixelSums<T, K, X>& sums, Vec<float> initial) {
   }
 }
 
+// Taps, or what sums begin at, of one plane or of a pair.
+template <bool kPair>
+LKCONV_INLINE Vec<float> broadcast_planes(float first, const float* second) {
+  if constexpr (kPair)
+    return broadcast_halves(first, *second);
+  else
+    return broadcast(first);
+}
+
 // V columns of taps, whose taps and masks then stay in registers, or any number if 0.
-template <class T, int X, int K, int V>
+template <class T, int X, int K, int V, bool kPair>
 void sweep_rows(const RowSweep<T>& sweep) {
   RowSweep<T> s = sweep;  // no store can change it
-  const Vec<float> initial = broadcast(s.initial);
+  const Vec<float> initial = broadcast_planes<kPair>(s.initial, &s.second_initial);
   PixelSums<T, K, X> sums;
 #pragma GCC unroll 8
   for (int j = 0; j < K; ++j) move_up<T, X, K>(sums, initial);
@@ -110,25 +130,34 @@ void sweep_rows(const RowSweep<T>& sweep) {
   for (int v = 0; v < V; ++v) {
     masks[v] = {s.masks[v * X], s.masks[v * X + X - 1]};
 #pragma GCC unroll 8
-    for (int u = 0; u < K; ++u) taps[v][u] = broadcast(s.taps[v * K + u]), keep(taps[v][u]);
+    for (int u = 0; u < K; ++u) {
+      taps[v][u] = broadcast_planes<kPair>(s.taps[v * K + u], s.second_taps + v * K + u);
+      keep(taps[v][u]);
+    }
   }
   for (int64_t i = 0; i < s.rows + K - 1; ++i, s.in += s.in_row) {
     if (i >= s.begin && i < s.end) {
       if constexpr (V > 0) {
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sweep_column<T, X, K>(sums, s.in + s.columns[v], masks[v], taps[v]);
+        for (int v = 0; v < V; ++v)
+          sweep_column<T, X, K, kPair>(sums, s.in + s.columns[v], s.second_in, masks[v], taps[v]);
       } else {
         for (int64_t v = 0; v < s.count; ++v) {
 #pragma GCC unroll 8
-          for (int u = 0; u < K; ++u) taps[0][u] = broadcast(s.taps[v * K + u]);
-          sweep_column<T, X, K>(sums, s.in + s.columns[v], {s.masks[v * X], s.masks[v * X + X - 1]}, taps[0]);
+          for (int u = 0; u < K; ++u)
+            taps[0][u] = broadcast_planes<kPair>(s.taps[v * K + u], s.second_taps + v * K + u);
+          sweep_column<T, X, K, kPair>(sums, s.in + s.columns[v], s.second_in,
+                                       {s.masks[v * X], s.masks[v * X + X - 1]}, taps[0]);
         }
       }
     }
     if (i >= K - 1) {
       s.ahead_in.request();
       s.ahead_out.request();
-      store_swept<T, X, K>(s.out, sums, i + 1 < s.rows + K - 1 ? s.row_lanes : s.last_lanes);
+      if constexpr (kPair)
+        store_swept_pair<T, K>(s.out, s.second_out, sums, s.last_lanes);
+      else
+        store_swept<T, X, K>(s.out, sums, i + 1 < s.rows + K - 1 ? s.row_lanes : s.last_lanes);
       s.out += s.out_row;
     }
     move_up<T, X, K>(sums, initial);
@@ -141,17 +170,27 @@ using SweepKernel = void(const RowSweep<T>&);
 template <class T, int X, int... K>
 LKCONV_INLINE SweepKernel<T>* sweep_kernel_of(int64_t rows, int64_t count, std::integer_sequence<int, K...>) {
   static constexpr SweepKernel<T>* kAny[] = {
-      sweep_rows<T, int(std::min<int64_t>(X, most_swept(K + 1, kFloatParts<T>))), K + 1, 0>...};
-  return rows == 3 && count == 3 ? sweep_rows<T, X, 3, 3> : kAny[rows - 1];
+      sweep_rows<T, int(std::min<int64_t>(X, most_swept(K + 1, kFloatParts<T>))), K + 1, 0, false>...};
+  return rows == 3 && count == 3 ? sweep_rows<T, X, 3, 3, false> : kAny[rows - 1];
+}
+template <class T, int... K>
+LKCONV_INLINE SweepKernel<T>* pair_sweep_of(int64_t rows, int64_t count, std::integer_sequence<int, K...>) {
+  static constexpr SweepKernel<T>* kAny[] = {sweep_rows<T, 1, K + 1, 0, true>...};
+  return rows == 3 && count == 3 ? sweep_rows<T, 1, 3, 3, true> : kAny[rows - 1];
+}
+constexpr auto kSweptRows = std::make_integer_sequence<int, int(kMaxSweptRows)>();
+template <class T>
+LKCONV_INLINE SweepKernel<T>* pair_sweep_of(int64_t rows, int64_t count) {
+  return pair_sweep_of<T>(rows, count, kSweptRows);
 }
 template <class T>
 LKCONV_INLINE SweepKernel<T>* sweep_kernel_of(int64_t vectors, int64_t rows, int64_t count) {
-  constexpr auto kRows = std::make_integer_sequence<int, int(kMaxSweptRows)>();
   if constexpr (kFloatParts<T> == 1) {
-    if (vectors == 4) return sweep_kernel_of<T, 4>(rows, count, kRows);
-    if (vectors == 3) return sweep_kernel_of<T, 3>(rows, count, kRows);
+    if (vectors == 4) return sweep_kernel_of<T, 4>(rows, count, kSweptRows);
+    if (vectors == 3) return sweep_kernel_of<T, 3>(rows, count, kSweptRows);
   }
-  return vectors == 2 ? sweep_kernel_of<T, 2>(rows, count, kRows) : sweep_kernel_of<T, 1>(rows, count, kRows);
+  return vectors == 2 ? sweep_kernel_of<T, 2>(rows, count, kSweptRows)
+                      : sweep_kernel_of<T, 1>(rows, count, kSweptRows);
 }
 
 // Walks the planes of one convolution by sweeps.
@@ -165,9 +204,11 @@ class SweepTask {
         count_(ceil_div(f.out_width, width_)),
         lanes_(std::min<int64_t>(kElements<T>, f.out_width - width_ + kElements<T>)),
         step_(f.dil_h),
+        pairs_(planar_pairs(f, f.reduce, plan)),
         // A short row's last vector may run over into the next row, which is written after it.
-        row_lanes_(step_ == 1 && f.output.stride_h == f.out_width && 2 * f.out_width >= width_ ? kElements<T>
-                                                                                               : lanes_) {
+        row_lanes_(step_ == 1 && !pairs_ && f.output.stride_h == f.out_width && 2 * f.out_width >= width_
+                       ? kElements<T>
+                       : lanes_) {
     const SweepSizes s = sweep_sizes(f, plan);
     char* at = static_cast<char*>(thread_scratch_bytes(size_t(s.bytes)));
     columns_ = reinterpret_cast<int64_t*>(at);
@@ -179,16 +220,43 @@ class SweepTask {
     ask_ahead();
   }
 
-  void run(int64_t n, int64_t c) const {
-    const T* plane = element<T>(f_.input, n, f_.input_channel(c, 0), 0);
-    T* out = element<T>(f_.output, n, c, 0);
-    load_taps(c);
+  // Planes [first, last), counted over (image, channel).
+  void run(int64_t first, int64_t last) const {
+    Plane p{first / f_.channels, first % f_.channels};
+    for (int64_t rest = last - first; rest > 0;) {
+      const Plane next = after(p);
+      const bool pair = pairs_ && rest > 1;
+      sweep(p, pair ? &next : nullptr);
+      rest -= pair ? 2 : 1;
+      p = pair ? after(next) : next;
+    }
+  }
+
+ private:
+  struct Plane {
+    int64_t n, c;
+  };
+  Plane after(Plane p) const { return p.c + 1 < f_.channels ? Plane{p.n, p.c + 1} : Plane{p.n + 1, 0}; }
+  const T* input(Plane p) const { return element<T>(f_.input, p.n, f_.input_channel(p.c, 0), 0); }
+  T* output(Plane p) const { return element<T>(f_.output, p.n, p.c, 0); }
+  float initial(int64_t c) const { return f_.bias.data ? as_float(*element<T>(f_.bias, 0, c, 0)) : 0.0f; }
+
+  // One plane, or two next to each other.
+  void sweep(Plane p, const Plane* second) const {
+    const T* plane = input(p);
+    T* out = output(p);
     RowSweep<T> s;
     s.in_row = step_ * f_.input.stride_h, s.out_row = step_ * f_.output.stride_h;
     s.row_lanes = row_lanes_, s.last_lanes = lanes_;
-    s.initial = f_.bias.data ? as_float(*element<T>(f_.bias, 0, c, 0)) : 0.0f;
+    load_taps(p.c, taps_);
+    s.initial = initial(p.c);
     s.ahead_in = {plane + distance_in_, lines_in_.row, lines_in_.plane};
     s.ahead_out = {out + distance_out_, lines_out_.row, lines_out_.plane};
+    if (second) {
+      s.second_in = input(*second) - plane - kHalf<T>, s.second_out = output(*second) - out - kHalf<T>;
+      load_taps(second->c, taps_ + f_.kernel_h * f_.kernel_w);
+      s.second_initial = initial(second->c);
+    }
     for (int64_t y = 0; y < std::min(step_, f_.out_height); ++y) {
       const int64_t first = y - f_.pad_h;  // row of the image
       s.rows = ceil_div(f_.out_height - y, step_);
@@ -201,13 +269,13 @@ class SweepTask {
         s.columns = columns_ + block.first, s.count = block.count;
         s.masks = masks_ + (b * f_.kernel_w + block.first) * vectors_;
         s.taps = taps_ + block.first * f_.kernel_h;
-        block.kernel(s);
+        s.second_taps = s.taps + f_.kernel_h * f_.kernel_w;
+        (second ? pair_kernel_ : block.kernel)(s);
         s.ahead_in.skip(s.rows), s.ahead_out.skip(s.rows);
       }
     }
   }
 
- private:
   // Vectors of columns from x on, and the columns of taps that meet the image there.
   struct Block {
     int64_t x, first, count;
@@ -228,24 +296,25 @@ class SweepTask {
     ElementMask* mask = masks_ + b * f_.kernel_w * vectors_;
     for (int64_t v = 0; v < f_.kernel_w; ++v)
       for (int64_t x = 0; x < width_; x += kElements<T>)
-        *mask++ = bits_inside(x0 + x + columns_[v], 1, f_.width, kElements<T>);
+        *mask++ = bits_inside(x0 + x + columns_[v], 1, f_.width, pairs_ ? kHalf<T> : kElements<T>);
+    if (pairs_) pair_kernel_ = pair_sweep_of<T>(f_.kernel_h, v1 - v0);
   }
 
   // The plane after this one, or one that is further away if planes are small; nothing of small tensors.
   void ask_ahead() {
-    const auto lines = [](int64_t elements) { return ceil_div(elements * int64_t(sizeof(T)), 64); };
+    const int64_t planes = pairs_ ? 2 : 1;  // at a time
+    const auto lines = [=](int64_t elements) { return ceil_div(planes * elements * int64_t(sizeof(T)), 64); };
     lines_in_.plane = lines(f_.height * f_.width), lines_out_.plane = lines(f_.out_height * f_.out_width);
-    distance_in_ = f_.input.stride_c * ceil_div(kAheadLines, lines_in_.plane);
-    distance_out_ = f_.output.stride_c * ceil_div(kAheadLines, lines_out_.plane);
-    if ((lines_in_.plane + lines_out_.plane) * 64 * f_.batch * f_.channels < kRequestBytes)
+    distance_in_ = f_.input.stride_c * planes * ceil_div(kAheadLines, lines_in_.plane);
+    distance_out_ = f_.output.stride_c * planes * ceil_div(kAheadLines, lines_out_.plane);
+    if ((lines_in_.plane + lines_out_.plane) * 64 * f_.batch * f_.channels < kRequestBytes * planes)
       lines_in_ = lines_out_ = {};
     lines_in_.row = ceil_div(lines_in_.plane, count_ * f_.out_height);
     lines_out_.row = ceil_div(lines_out_.plane, count_ * f_.out_height);
   }
 
-  void load_taps(int64_t c) const {
+  void load_taps(int64_t c, float* to) const {
     const T* weight = element<T>(f_.weight, 0, f_.weight_channel(c, 0), 0);
-    float* to = taps_;
     for (int64_t v = 0; v < f_.kernel_w; ++v)
       for (int64_t u = 0; u < f_.kernel_h; ++u)
         *to++ = as_float(weight[u * f_.weight.stride_h + v * f_.weight.stride_w]);
@@ -258,7 +327,9 @@ class SweepTask {
   const int64_t width_, count_;  // ... its columns, and the number of blocks
   const int64_t lanes_;          // see RowSweep
   const int64_t step_;           // from one row of a sweep to the next
+  const bool pairs_;             // of planes in one vector
   const int64_t row_lanes_;      // see RowSweep
+  SweepKernel<T>* pair_kernel_ = nullptr;
   int64_t* columns_;
   Block* blocks_;
   ElementMask* masks_;
