@@ -91,6 +91,14 @@ CONTIGUOUS = [
     Case((2, 5, 13, 6), (4, 4), padding=(1, 2), dilation=(3, 2)),
     same((1, 3, 23, 61), (3, 7), dilation=(4, 3)),
     same((1, 2, 9, 58), (7, 3), dilation=(11, 20)),
+    # The same at a stride of 2, two narrow planes at a time.
+    Case((3, 5, 14, 14), (3, 3), padding=(1, 1), stride=(2, 2)),
+    Case((1, 4, 9, 15), (3, 3), padding=(1, 1), stride=(2, 2), bias=False),
+    Case((2, 3, 8, 17), (3, 3), padding=(0, 1), stride=(2, 2)),
+    Case((1, 3, 7, 10), (3, 3), padding=(2, 3), stride=(2, 2)),
+    Case((2, 3, 6, 70), (3, 3), padding=(3, 0), stride=(2, 2)),
+    Case((2, 3, 5, 6), (3, 3), padding=(1, 1), stride=(2, 2), multiplier=2),
+    Case((8, 96, 28, 28), (3, 3), padding=(1, 1), stride=(2, 2)),
     # Large enough to ask for planes ahead.
     same((3, 40, 60, 60), (3, 3)),
 ]

@@ -3,8 +3,7 @@
 #pragma once
 
 #include "planar_in_place.h"
-#include "planar_sweep.h"
-#include "planar_strided.h"
+#include "planar_sweep_strided.h"
 
 namespace lkconv::cpu::LKCONV_ISA {
 
@@ -223,6 +222,8 @@ void forward_pixels_of(const PlanarProblem& p, const Plan& plan, int64_t task0, 
   const ForwardProblem& f = p.phases[0];
   if (p.phases_w == 2)
     run_planes(PhaseTask<T>(p, plan), f, task0, task1);
+  else if (f.stride_w == 2 && f.stride_h == 2 && f.kernel_h == 3 && f.kernel_w == 3)
+    StridedSweepTask<T>(f, plan).run(task0, task1);
   else if (f.stride_w == 2)
     run_planes(StridedTask<T>(f, plan), f, task0, task1);
   else if (plan.swept)

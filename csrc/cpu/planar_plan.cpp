@@ -313,7 +313,7 @@ PixelSizes pixel_sizes(const Geometry& g, const Plan& plan) {
     const int64_t columns = g.kernel_w + 1;  // a pair, or the phase of more taps
     s.columns = g.phases_w * bytes(columns, sizeof(int64_t));
     s.masks = g.phases_w * bytes(blocks * columns, sizeof(uint32_t));
-    s.bytes = s.columns + s.masks;
+    s.bytes = s.columns + s.masks + bytes(2 * g.kernel_h * g.kernel_w, sizeof(float));
     return s;
   }
   s.columns = bytes(g.kernel_w, sizeof(int64_t));

@@ -27,6 +27,34 @@ struct LinesAhead {
   }
 };
 
+// How much that is for each plane of a convolution, and how far away: the plane after this one (`together`
+// are swept at a time), or one that is further away if planes are small; nothing of small tensors.
+template <class T>
+class SweepAhead {
+ public:
+  SweepAhead() = default;
+  SweepAhead(const ForwardProblem& f, int64_t blocks, int64_t together) {
+    const auto lines = [=](int64_t elements) {
+      return ceil_div(together * elements * int64_t(sizeof(T)), 64);
+    };
+    const int64_t in = lines(f.height * f.width), out = lines(f.out_height * f.out_width);
+    distance_in_ = f.input.stride_c * together * ceil_div(kAheadLines, std::max<int64_t>(1, in));
+    distance_out_ = f.output.stride_c * together * ceil_div(kAheadLines, std::max<int64_t>(1, out));
+    if ((in + out) * 64 * f.batch * f.channels < kRequestBytes * together) return;
+    in_ = {ceil_div(in, blocks * f.out_height), in}, out_ = {ceil_div(out, blocks * f.out_height), out};
+  }
+  LinesAhead<T, 0> in(const T* plane) const { return {plane + distance_in_, in_.row, in_.plane}; }
+  LinesAhead<T, 1> out(const T* plane) const { return {plane + distance_out_, out_.row, out_.plane}; }
+
+ private:
+  static constexpr int64_t kAheadLines = 128;
+  struct Lines {
+    int64_t row = 0, plane = 0;
+  };
+  Lines in_, out_;
+  int64_t distance_in_ = 0, distance_out_ = 0;
+};
+
 // The rows of one plane that share input rows (all, or every dil_h-th), and X vectors of their columns.
 // Output row y reads rows y to y + K - 1 of those that begin at `in`, of which [begin, end) lie in the image,
 // at columns[v]; masks[v * X + x] says which elements of vector x do. Those between the first vector and the
@@ -193,6 +221,46 @@ LKCONV_INLINE SweepKernel<T>* sweep_kernel_of(int64_t vectors, int64_t rows, int
                       : sweep_kernel_of<T, 1>(rows, count, kSweptRows);
 }
 
+// The taps of one channel, [column][row].
+template <class T>
+void load_sweep_taps(const ForwardProblem& f, int64_t c, float* to) {
+  const T* weight = element<T>(f.weight, 0, f.weight_channel(c, 0), 0);
+  for (int64_t v = 0; v < f.kernel_w; ++v)
+    for (int64_t u = 0; u < f.kernel_h; ++u)
+      *to++ = as_float(weight[u * f.weight.stride_h + v * f.weight.stride_w]);
+}
+
+// One channel of one image.
+struct Plane {
+  int64_t n, c;
+};
+
+// body(plane, the next one or null) over planes [first, last), counted over (image, channel).
+template <class Body>
+void for_planes(const ForwardProblem& f, int64_t first, int64_t last, bool pairs, Body&& body) {
+  const auto after = [&](Plane p) { return p.c + 1 < f.channels ? Plane{p.n, p.c + 1} : Plane{p.n + 1, 0}; };
+  Plane p{first / f.channels, first % f.channels};
+  for (int64_t rest = last - first; rest > 0;) {
+    const Plane next = after(p);
+    const bool pair = pairs && rest > 1;
+    body(p, pair ? &next : nullptr);
+    rest -= pair ? 2 : 1;
+    p = pair ? after(next) : next;
+  }
+}
+
+// Where a plane of outputs and the pixels it reads begin, and what its sums begin at.
+template <class T>
+struct SweptPlanes {
+  const T* in;
+  T* out;
+  float initial;
+  SweptPlanes(const ForwardProblem& f, Plane p)
+      : in(element<T>(f.input, p.n, f.input_channel(p.c, 0), 0)),
+        out(element<T>(f.output, p.n, p.c, 0)),
+        initial(f.bias.data ? as_float(*element<T>(f.bias, 0, p.c, 0)) : 0.0f) {}
+};
+
 // Walks the planes of one convolution by sweeps.
 template <class T>
 class SweepTask {
@@ -217,45 +285,29 @@ class SweepTask {
     taps_ = reinterpret_cast<float*>(at + s.masks);
     for (int64_t v = 0; v < f.kernel_w; ++v) columns_[v] = v * f.dil_w - f.pad_w;
     for (int64_t b = 0; b < count_; ++b) place_block(b);
-    ask_ahead();
+    ahead_ = {f, count_, pairs_ ? 2 : 1};
   }
 
   // Planes [first, last), counted over (image, channel).
   void run(int64_t first, int64_t last) const {
-    Plane p{first / f_.channels, first % f_.channels};
-    for (int64_t rest = last - first; rest > 0;) {
-      const Plane next = after(p);
-      const bool pair = pairs_ && rest > 1;
-      sweep(p, pair ? &next : nullptr);
-      rest -= pair ? 2 : 1;
-      p = pair ? after(next) : next;
-    }
+    for_planes(f_, first, last, pairs_, [this](Plane p, const Plane* second) { sweep(p, second); });
   }
 
  private:
-  struct Plane {
-    int64_t n, c;
-  };
-  Plane after(Plane p) const { return p.c + 1 < f_.channels ? Plane{p.n, p.c + 1} : Plane{p.n + 1, 0}; }
-  const T* input(Plane p) const { return element<T>(f_.input, p.n, f_.input_channel(p.c, 0), 0); }
-  T* output(Plane p) const { return element<T>(f_.output, p.n, p.c, 0); }
-  float initial(int64_t c) const { return f_.bias.data ? as_float(*element<T>(f_.bias, 0, c, 0)) : 0.0f; }
-
   // One plane, or two next to each other.
   void sweep(Plane p, const Plane* second) const {
-    const T* plane = input(p);
-    T* out = output(p);
+    const SweptPlanes<T> planes(f_, p);
     RowSweep<T> s;
     s.in_row = step_ * f_.input.stride_h, s.out_row = step_ * f_.output.stride_h;
     s.row_lanes = row_lanes_, s.last_lanes = lanes_;
-    load_taps(p.c, taps_);
-    s.initial = initial(p.c);
-    s.ahead_in = {plane + distance_in_, lines_in_.row, lines_in_.plane};
-    s.ahead_out = {out + distance_out_, lines_out_.row, lines_out_.plane};
+    load_sweep_taps<T>(f_, p.c, taps_);
+    s.initial = planes.initial;
+    s.ahead_in = ahead_.in(planes.in), s.ahead_out = ahead_.out(planes.out);
     if (second) {
-      s.second_in = input(*second) - plane - kHalf<T>, s.second_out = output(*second) - out - kHalf<T>;
-      load_taps(second->c, taps_ + f_.kernel_h * f_.kernel_w);
-      s.second_initial = initial(second->c);
+      const SweptPlanes<T> others(f_, *second);
+      s.second_in = others.in - planes.in - kHalf<T>, s.second_out = others.out - planes.out - kHalf<T>;
+      load_sweep_taps<T>(f_, second->c, taps_ + f_.kernel_h * f_.kernel_w);
+      s.second_initial = others.initial;
     }
     for (int64_t y = 0; y < std::min(step_, f_.out_height); ++y) {
       const int64_t first = y - f_.pad_h;  // row of the image
@@ -264,8 +316,8 @@ class SweepTask {
       s.end = ceil_div(std::max<int64_t>(0, f_.height - first), step_);
       for (int64_t b = 0; b < count_; ++b) {
         const Block& block = blocks_[b];
-        s.in = plane + first * f_.input.stride_h + block.x;
-        s.out = out + y * f_.output.stride_h + block.x;
+        s.in = planes.in + first * f_.input.stride_h + block.x;
+        s.out = planes.out + y * f_.output.stride_h + block.x;
         s.columns = columns_ + block.first, s.count = block.count;
         s.masks = masks_ + (b * f_.kernel_w + block.first) * vectors_;
         s.taps = taps_ + block.first * f_.kernel_h;
@@ -282,9 +334,6 @@ class SweepTask {
     SweepKernel<T>* kernel;
   };
   static_assert(sizeof(Block) == kSweepBlockBytes);
-  struct Lines {
-    int64_t row = 0, plane = 0;
-  };
 
   // The last block moves left to stay whole.
   void place_block(int64_t b) {
@@ -300,28 +349,6 @@ class SweepTask {
     if (pairs_) pair_kernel_ = pair_sweep_of<T>(f_.kernel_h, v1 - v0);
   }
 
-  // The plane after this one, or one that is further away if planes are small; nothing of small tensors.
-  void ask_ahead() {
-    const int64_t planes = pairs_ ? 2 : 1;  // at a time
-    const auto lines = [=](int64_t elements) { return ceil_div(planes * elements * int64_t(sizeof(T)), 64); };
-    lines_in_.plane = lines(f_.height * f_.width), lines_out_.plane = lines(f_.out_height * f_.out_width);
-    distance_in_ = f_.input.stride_c * planes * ceil_div(kAheadLines, lines_in_.plane);
-    distance_out_ = f_.output.stride_c * planes * ceil_div(kAheadLines, lines_out_.plane);
-    if ((lines_in_.plane + lines_out_.plane) * 64 * f_.batch * f_.channels < kRequestBytes * planes)
-      lines_in_ = lines_out_ = {};
-    lines_in_.row = ceil_div(lines_in_.plane, count_ * f_.out_height);
-    lines_out_.row = ceil_div(lines_out_.plane, count_ * f_.out_height);
-  }
-
-  void load_taps(int64_t c, float* to) const {
-    const T* weight = element<T>(f_.weight, 0, f_.weight_channel(c, 0), 0);
-    for (int64_t v = 0; v < f_.kernel_w; ++v)
-      for (int64_t u = 0; u < f_.kernel_h; ++u)
-        *to++ = as_float(weight[u * f_.weight.stride_h + v * f_.weight.stride_w]);
-  }
-
-  static constexpr int64_t kAheadLines = 128;
-
   const ForwardProblem& f_;
   const int64_t vectors_;        // of a block ...
   const int64_t width_, count_;  // ... its columns, and the number of blocks
@@ -334,8 +361,7 @@ class SweepTask {
   Block* blocks_;
   ElementMask* masks_;
   float* taps_;
-  Lines lines_in_, lines_out_;
-  int64_t distance_in_, distance_out_;
+  SweepAhead<T> ahead_;
 };
 
 #endif
