@@ -37,11 +37,6 @@ struct PositionWeights {
 
   int64_t list_of(int64_t c) const { return c < 2 * head ? 0 : c < 5 * head ? 1 : 2; }
 
-  int64_t list_size(int64_t list) const {
-    return kWindowHeads[list] * head * kWindows[list] * kWindows[list];
-  }
-  int64_t weight_count() const { return list_size(0) + list_size(1) + list_size(2); }
-
   // For the taps of one list, in its order: visit(where the tap lies, where its mirror image lies).
   template <class Visit>
   void each_tap(int64_t list, Visit&& visit) const {

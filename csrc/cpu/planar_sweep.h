@@ -33,7 +33,8 @@ template <class T>
 class SweepAhead {
  public:
   SweepAhead() = default;
-  SweepAhead(const ForwardProblem& f, int64_t blocks, int64_t together) {
+  // `rows` requests are made for each block of columns.
+  SweepAhead(const ForwardProblem& f, int64_t blocks, int64_t together, int64_t rows) {
     const auto lines = [=](int64_t elements) {
       return ceil_div(together * elements * int64_t(sizeof(T)), 64);
     };
@@ -41,7 +42,7 @@ class SweepAhead {
     distance_in_ = f.input.stride_c * together * ceil_div(kAheadLines, std::max<int64_t>(1, in));
     distance_out_ = f.output.stride_c * together * ceil_div(kAheadLines, std::max<int64_t>(1, out));
     if ((in + out) * 64 * f.batch * f.channels < kRequestBytes * together) return;
-    in_ = {ceil_div(in, blocks * f.out_height), in}, out_ = {ceil_div(out, blocks * f.out_height), out};
+    in_ = {ceil_div(in, blocks * rows), in}, out_ = {ceil_div(out, blocks * rows), out};
   }
   LinesAhead<T, 0> in(const T* plane) const { return {plane + distance_in_, in_.row, in_.plane}; }
   LinesAhead<T, 1> out(const T* plane) const { return {plane + distance_out_, out_.row, out_.plane}; }
@@ -285,7 +286,7 @@ class SweepTask {
     taps_ = reinterpret_cast<float*>(at + s.masks);
     for (int64_t v = 0; v < f.kernel_w; ++v) columns_[v] = v * f.dil_w - f.pad_w;
     for (int64_t b = 0; b < count_; ++b) place_block(b);
-    ahead_ = {f, count_, pairs_ ? 2 : 1};
+    ahead_ = {f, count_, pairs_ ? 2 : 1, f.out_height};
   }
 
   // Planes [first, last), counted over (image, channel).

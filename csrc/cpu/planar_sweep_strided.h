@@ -92,7 +92,7 @@ class StridedSweepTask {
                                     : dealt_masks<T>(first, f.width);
         *mask++ = m.low, *mask++ = m.high;
       }
-    ahead_ = {f, blocks_, pairs_ ? 2 : 1};
+    ahead_ = {f, blocks_, pairs_ ? 2 : 1, f.out_height};
   }
 
   // Planes [first, last), counted over (image, channel).
