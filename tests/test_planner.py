@@ -210,6 +210,7 @@ def test_wide_planes_are_swept():
     assert swept(56, padding=(1, 16)) == 3 and swept(56, padding=(1, 17)) == 0, "inner vectors are whole"
     assert swept(56, multiplier=2) == 4 and swept(56, multiplier=2, pass_name="backward_input") == 0
     assert swept(56, pass_name="backward_input") == 4
+    assert [swept(56, (k, k), dtype="bfloat16", isa="amx") for k in (3, 5)] == [2, 0]
     assert swept(56, dtype="float16") == swept(56, dtype="float64") == 0
 
 

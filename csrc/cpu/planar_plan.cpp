@@ -242,6 +242,8 @@ int64_t swept_vectors(const Geometry& g, int64_t reduce, DType dtype, const Mach
   // Low kernels have few sums to add to while one is waited for.
   if (g.kernel_h < kLeastSweptRows || g.kernel_h > kMaxSweptRows || g.kernel_w > kMaxSweptColumns) return 0;
   const int64_t parts = dtype == DType::bf16 ? 2 : 1, lanes = parts * m.lanes_f32;
+  // Costs of matrix units were fitted beside blocks of rows, not beside sweeps.
+  if (m.isa == Isa::amx && parts == 2 && g.kernel_h > 3) return 0;
   // Blocks of rows take no longer for planes that share a vector, unless the kernel's rows are apart: each of
   // theirs is then loaded for one product. They are many enough for that in 16 bits alone.
   if (2 * g.out_width <= lanes) return parts == 2 && g.dil_h > 1 && 4 * g.out_width > lanes ? 1 : 0;

@@ -298,7 +298,7 @@ class SweepTask {
   // One plane, or two next to each other.
   void sweep(Plane p, const Plane* second) const {
     const SweptPlanes<T> planes(f_, p);
-    RowSweep<T> s;
+    RowSweep<T> s{};
     s.in_row = step_ * f_.input.stride_h, s.out_row = step_ * f_.output.stride_h;
     s.row_lanes = row_lanes_, s.last_lanes = lanes_;
     load_sweep_taps<T>(f_, p.c, taps_);
