@@ -42,25 +42,15 @@ class PixelTask {
 
   // Planes [first, last), counted over (image, channel).
   void run(int64_t first, int64_t last) const {
-    Plane p{first / f_.channels, first % f_.channels};
-    for (int64_t rest = last - first; rest > 0;) {
-      const Plane next = after(p);
-      const bool pair = pairs_ && rest > 1;
-      if (pair)
-        sum_pair(p, next);
+    for_planes(f_, first, last, pairs_, [this](Plane p, const Plane* second) {
+      if (second)
+        sum_pair(p, *second);
       else
         sum_plane(p.n, p.c);
-      rest -= pair ? 2 : 1;
-      p = pair ? after(next) : next;
-    }
+    });
   }
 
  private:
-  struct Plane {
-    int64_t n, c;
-  };
-  Plane after(Plane p) const { return p.c + 1 < f_.channels ? Plane{p.n, p.c + 1} : Plane{p.n + 1, 0}; }
-
   void sum_plane(int64_t n, int64_t c) const {
     const Addresses at = addresses({n, c});
     for (int64_t i = 0; i < row_blocks_; ++i)

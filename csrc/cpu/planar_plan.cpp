@@ -244,8 +244,8 @@ int64_t swept_vectors(const Geometry& g, int64_t reduce, DType dtype, const Mach
   const int64_t parts = dtype == DType::bf16 ? 2 : 1, lanes = parts * m.lanes_f32;
   // Costs of matrix units were fitted beside blocks of rows, not beside sweeps.
   if (m.isa == Isa::amx && parts == 2 && g.kernel_h > 3) return 0;
-  // Blocks of rows take no longer for planes that share a vector, unless the kernel's rows are apart: each of
-  // theirs is then loaded for one product. They are many enough for that in 16 bits alone.
+  // For planes that share a vector blocks of rows take no longer, unless the kernel's rows are apart: each of
+  // a block's vectors is then loaded for one product. Of float32, and of narrower planes, blocks still won.
   if (2 * g.out_width <= lanes) return parts == 2 && g.dil_h > 1 && 4 * g.out_width > lanes ? 1 : 0;
   const int64_t blocks = ceil_div(g.out_width, most_swept(g.kernel_h, parts) * lanes);
   const int64_t vectors = ceil_div(g.out_width, std::max<int64_t>(1, blocks) * lanes);
@@ -358,7 +358,7 @@ const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtyp
   Plan sweep = empty;
   sweep.in_place = true;
   sweep.swept = swept_vectors(g, reduce, dtype, m);
-  if (sweep.swept) {
+  if (sweep.swept) {  // by measurement: the counts for blocks and for sweeps are not fitted to each other
     best = std::numeric_limits<double>::infinity();
     consider(sweep, cost_of_sweeps(g, dtype, m, sweep));
   }

@@ -231,25 +231,6 @@ void load_sweep_taps(const ForwardProblem& f, int64_t c, float* to) {
       *to++ = as_float(weight[u * f.weight.stride_h + v * f.weight.stride_w]);
 }
 
-// One channel of one image.
-struct Plane {
-  int64_t n, c;
-};
-
-// body(plane, the next one or null) over planes [first, last), counted over (image, channel).
-template <class Body>
-void for_planes(const ForwardProblem& f, int64_t first, int64_t last, bool pairs, Body&& body) {
-  const auto after = [&](Plane p) { return p.c + 1 < f.channels ? Plane{p.n, p.c + 1} : Plane{p.n + 1, 0}; };
-  Plane p{first / f.channels, first % f.channels};
-  for (int64_t rest = last - first; rest > 0;) {
-    const Plane next = after(p);
-    const bool pair = pairs && rest > 1;
-    body(p, pair ? &next : nullptr);
-    rest -= pair ? 2 : 1;
-    p = pair ? after(next) : next;
-  }
-}
-
 // Where a plane of outputs and the pixels it reads begin, and what its sums begin at.
 template <class T>
 struct SweptPlanes {

@@ -221,10 +221,11 @@ class PhaseSweepTask {
       for (int v = 0; v < 2; ++v)
         s.masks[v] = bits_inside(x - f.pad_w + v, 1, f.width, kLanes<float> / (pairs_ ? 2 : 1));
       (second ? pair_kernel_ : kernel_)(s);
-      s.ahead_in.skip(width_rows()), s.ahead_out.skip(width_rows());
+      s.ahead_in.skip(steps()), s.ahead_out.skip(steps());
     }
   }
-  int64_t width_rows() const { return p_.phase(0, 0).out_height; }
+  // Steps of a sweep: the row phase that may have one row more.
+  int64_t steps() const { return p_.phase(0, 0).out_height; }
 
   const PlanarProblem& p_;
   const PhaseAxis rows_, columns_;
