@@ -129,8 +129,12 @@ py::dict to_dict(const Candidate& c) {
   d["isa"] = cpu::isa_name(p.isa);
   d["lanes"] = p.lanes;
   d["tile"] = py::make_tuple(p.tile_h, p.tile_w);
-  d["in_place"] = p.in_place;
+  d["in_place"] = p.in_place && p.gather == cpu::Gather::none;
+  constexpr const char* copied[] = {"", "pixels", "planes"};
+  d["copied"] = copied[int(p.gather)];
+  d["span"] = p.span;
   d["swept"] = p.swept;
+  d["paired"] = p.paired;
   d["fft"] = py::make_tuple(p.fft_h, p.fft_w);
   d["splits"] = p.splits;
   d["scratch_bytes"] = p.scratch_bytes;
@@ -144,7 +148,8 @@ std::vector<py::dict> plan(const std::string& pass_name, std::array<int64_t, 4> 
                            std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride,
                            std::array<int64_t, 2> padding, std::array<int64_t, 2> dilation,
                            const std::string& dtype_name, const std::string& isa, int64_t threads, bool fft,
-                           bool aten, const std::string& only, bool channels_last, bool dense) {
+                           bool aten, const std::string& only, bool channels_last, bool dense,
+                           std::optional<bool> bf16_pairs) {
   const Pass pass = parse<Pass>(pass_name, "pass",
                                 {{"forward", Pass::forward},
                                  {"backward_input", Pass::backward_input},
@@ -162,11 +167,12 @@ std::vector<py::dict> plan(const std::string& pass_name, std::array<int64_t, 4> 
   g.adjacent = channels_last && p.multiplier == 1;
   g.dense = dense;
   g.rows = !channels_last || g.channels == 1;
+  cpu::Machine machine = cpu::machine_for(parse_isa(isa), threads);
+  if (bf16_pairs) machine.bf16_pairs = *bf16_pairs && machine.isa == cpu::Isa::avx512;
   cpu::Switches switches{.fft = fft, .aten = aten};
   if (!only.empty()) switches.only = parse_algorithm(only);
   std::vector<py::dict> out;
-  for (const Candidate& c : cpu::plan_depthwise_conv2d(pass, g, reduce, dtype,
-                                                       cpu::machine_for(parse_isa(isa), threads), switches))
+  for (const Candidate& c : cpu::plan_depthwise_conv2d(pass, g, reduce, dtype, machine, switches))
     out.push_back(to_dict(c));
   return out;
 }
@@ -212,5 +218,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("kernel_size"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("dtype"),
         py::arg("isa"), py::arg("threads"), py::arg("fft") = true, py::arg("aten") = true,
         py::arg("only") = "", py::arg("channels_last") = false, py::arg("dense") = true,
-        "Candidates of the CPU planner for one convolution, the chosen one first.");
+        py::arg("bf16_pairs") = py::none(),
+        "Candidates of the CPU planner for one convolution, the chosen one first. `bf16_pairs`: whether the "
+        "processor multiplies pairs of bfloat16; None: whether this one does.");
 }

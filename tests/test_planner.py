@@ -29,11 +29,13 @@ def candidates(
     only="",
     channels_last=False,
     dense=True,
+    bf16_pairs=False,
 ) -> list[dict]:
     if padding is None:
         padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
     geometry = (size, size[1] * multiplier, kernel, stride, padding, dilation)
-    return lkconv._C.plan(pass_name, *geometry, dtype, isa, threads, fft, aten, only, channels_last, dense)
+    machine = (dtype, isa, threads)
+    return lkconv._C.plan(pass_name, *geometry, *machine, fft, aten, only, channels_last, dense, bf16_pairs)
 
 
 def of(algorithm: str, plans: list[dict]) -> dict:
@@ -287,9 +289,8 @@ def test_tasks_in_place_keep_their_rows_near(dtype):
         }
         return of("direct", candidates(**shape, dtype=dtype, isa="avx512", threads=2, **options))
 
-    def groups(kernel, *arguments, **options):
-        taps = kernel[0] * kernel[1]  # floats
-        return plan(kernel, *arguments, **options)["scratch_bytes"] // (4 * channels_of_a_group * taps)
+    def groups(*arguments, **options):
+        return plan(*arguments, **options)["span"]
 
     channels_of_a_group = 16 if dtype == "float32" else 32  # 64 bytes
 
@@ -309,17 +310,58 @@ def test_tasks_in_place_keep_their_rows_near(dtype):
 def test_pixels_in_one_cache_set_are_copied():
     """Pixels 4096 bytes apart share a set of a first-level cache, which holds too few for large kernels."""
 
-    def in_place(kernel, channels, dtype="float32", pass_name="forward"):
-        shape = {"size": (8, channels, 14, 14), "kernel": kernel, "channels_last": True, "aten": False}
-        return of("direct", candidates(pass_name, **shape, dtype=dtype, isa="avx512"))["in_place"]
+    def copied(kernel, channels, dtype="float32", pass_name="forward", side=14):
+        shape = {"size": (8, channels, side, side), "kernel": kernel, "channels_last": True, "aten": False}
+        plan = of("direct", candidates(pass_name, **shape, dtype=dtype, isa="avx512"))
+        assert not (plan["in_place"] and plan["copied"])
+        return plan["copied"]
 
-    for channels in (960, 1040):
-        assert in_place((7, 7), channels) and in_place((7, 7), channels, pass_name="backward_weight")
-    for channels, dtype in ((1024, "float32"), (2048, "bfloat16")):
-        assert not in_place((7, 7), channels, dtype), "each tap costs more than a copy saves"
-        assert in_place((3, 3), channels, dtype), "few taps"
-        assert not in_place((3, 3), channels, dtype, "backward_weight")
-    assert in_place((7, 7), 1024, "bfloat16")
+    for pass_name in ("forward", "backward_weight"):
+        for channels in (368, 944):  # an odd number of lines apart
+            assert not copied((7, 7), channels, pass_name=pass_name)
+        for channels, dtype in ((1024, "float32"), (2048, "bfloat16")):
+            for kernel in ((3, 3), (7, 7)):
+                assert copied(kernel, channels, dtype, pass_name) == "pixels"
+            assert not copied((1, 3), channels, dtype, pass_name, side=7), "few pixels"
+    assert not copied((7, 7), 1024, side=56), "an image that leaves the cache itself"
+    assert copied((7, 7), 499) == "pixels" and not copied((3, 3), 499), "pixels across two lines, many taps"
+
+
+@all_passes
+def test_planes_of_bfloat16_are_transposed_for_kernels_in_place(pass_name):
+    def copied(kernel=(7, 7), side=14, channels=96, **options):
+        options = {"dtype": "bfloat16", "isa": "avx512", **options}
+        return of("direct", candidates(pass_name, (8, channels, side, side), kernel, **options))["copied"]
+
+    assert copied() == copied((3, 3), 28) == copied(channels=499) == "planes"
+    assert not copied(side=56), "their copies would leave a core's own cache"
+    assert not copied(channels=24) and not copied(dtype="float32") and not copied(isa="avx2")
+    assert not copied(stride=(2, 2), padding=(3, 0)) and not copied(padding=(3, 1), stride=(1, 2))
+    assert bool(copied((13, 13))) == (pass_name != "backward_weight")
+    assert bool(copied(multiplier=2)) == (pass_name != "backward_input")
+
+
+def test_a_last_group_that_is_not_full_shares_its_task():
+    for groups, side, dtype in itertools.product(range(2, 140), (7, 28), ("float32", "bfloat16")):
+        lanes = 16 if dtype == "float32" else 32
+        shape = {"size": (8, groups * lanes - 1, side, side), "kernel": (9, 9), "channels_last": True}
+        plan = of("direct", candidates(**shape, dtype=dtype, isa="avx512", aten=False))
+        assert plan["in_place"] or plan["copied"]
+        assert (groups - 1) % plan["span"] and plan["span"] <= 64
+
+
+@all_passes
+def test_two_rows_of_bfloat16_at_once(pass_name):
+    def paired(kernel=(7, 7), algorithm="direct", **options):
+        options = {"dtype": "bfloat16", "isa": "avx512", "bf16_pairs": True, "channels_last": True, **options}
+        return of(algorithm, candidates(pass_name, (8, 96, 28, 28), kernel, **options))["paired"]
+
+    assert paired() and paired((3, 3)) and paired((9, 1)) and paired(channels_last=False)
+    assert not paired((1, 7)), "one row has no partner"
+    for other in ({"bf16_pairs": False}, {"isa": "avx2"}, {"isa": "amx"}, {"dtype": "float32"}):
+        assert not paired(**other)
+    # Rows that no kernel holds whole go through windows, whose pairs the weight gradient alone takes.
+    assert paired((13, 13)) and not paired(algorithm="fft")
 
 
 def test_weight_gradients_of_contiguous_planes_are_summed_in_place():

@@ -19,7 +19,10 @@ Switches own_kernels_only() {
 
 void run_planar_tasks(const PlanarProblem& p, const Plan& plan, int64_t task0, int64_t task1) {
   const Kernels& k = *kernels_for(plan.isa);
-  (plan.in_place ? k.forward_pixels : k.forward_planar)(p, plan, task0, task1);
+  const auto kernel = plan.paired     ? k.forward_pixels_pairs
+                      : plan.in_place ? k.forward_pixels
+                                      : k.forward_planar;
+  kernel(p, plan, task0, task1);
 }
 
 // The stride phases of a planar backward_input.
@@ -84,6 +87,7 @@ void run_forward_tasks(const ForwardProblem& p, const Plan& plan, int64_t task0,
   const auto kernel = plan.algorithm == Algorithm::toeplitz ? k.forward_toeplitz
                       : plan.algorithm == Algorithm::fft    ? k.forward_fft
                       : p.input.dtype == DType::f64         ? k.forward_direct_f64
+                      : plan.paired                         ? k.forward_direct_pairs
                                                             : k.forward_direct_f32;
   kernel(p, plan, task0, task1);
 }
@@ -162,6 +166,7 @@ void depthwise_conv2d_backward_weight(const ConvParams& p, const TensorView& gra
   const auto kernel = plan.algorithm == Algorithm::toeplitz ? k.weight_toeplitz
                       : plan.algorithm == Algorithm::fft    ? k.weight_fft
                       : plan.algorithm == Algorithm::planar ? k.weight_planar
+                      : plan.paired                         ? k.weight_direct_pairs
                                                             : k.weight_direct_f32;
   run_weight<float>(w, plan, kernel, k.weight_reduce_f32, parallel);
 }

@@ -4,6 +4,11 @@
 
 namespace lkconv::cpu::LKCONV_ISA {
 
+template <class T>
+LKCONV_INLINE void add_vectors(T* sum, const T* more, int64_t vectors) {
+  for (int64_t i = 0; i < vectors * kLanes<T>; i += kLanes<T>) store(sum + i, load(sum + i) + load(more + i));
+}
+
 // What the next row of grad_output will read, asked for beside the products of this one: as many pixels at a
 // time as are multiplied. Distances are in bytes.
 struct RowsAhead {
@@ -43,46 +48,52 @@ struct TensorSteps {
   LKCONV_INLINE void request(int64_t count) const { ahead->request(count); }
 };
 
+// Keeps a pointer that is stepped in one register, where the compiler would keep the address of every step.
+template <class Pixels>
+LKCONV_INLINE void pin(Pixels&) {}
+
 // `Pixels` is a pointer to vectors of T, or to parts of vectors of another type (element_vectors.h).
 // a[u][v] += sum over x < B of grad[x] * in[u][x + v]. The first kLeft and the last kRight of the B + V - 1
 // pixels of a row are zeros, which are left out.
-template <class T, int B, int kLeft, int kRight, int U, int V, class Pixels, class Steps>
+template <class Product, class T, int B, int kLeft, int kRight, int U, int V, class Pixels, class Steps>
 LKCONV_INLINE void correlate_block(Vec<T> (&a)[U][V], Pixels grad, Pixels in, int64_t in_row,
                                    const Steps& steps) {
   steps.request(B);
+  pin(grad);
+  pin(in);
   Vec<T> d[B];
 #pragma GCC unroll 8
-  for (int i = 0; i < B; ++i, grad += steps.grad()) d[i] = load(grad);
+  for (int i = 0; i < B; ++i, grad += steps.grad()) d[i] = Product::value(load(grad));
 #pragma GCC unroll 4
   for (int u = 0; u < U; ++u, in += in_row) {
     Pixels at = in + kLeft * steps.in();
 #pragma GCC unroll 16
     for (int j = kLeft; j < B + V - 1 - kRight; ++j, at += steps.in()) {
-      Vec<T> p = load(at);
+      Vec<T> p = Product::value(load(at));
       if (V > 1) keep(p);
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v)
-        if (j - v >= 0 && j - v < B) a[u][v] += d[j - v] * p;
+        if (j - v >= 0 && j - v < B) Product::add(a[u][v], d[j - v], p);
     }
   }
 }
 
 // One value of x, of whose taps those outside [v0, v1) meet zeros.
-template <class T, int U, int V, class Pixels, class Steps>
+template <class Product, class T, int U, int V, class Pixels, class Steps>
 LKCONV_INLINE void correlate_pixel(Vec<T> (&a)[U][V], Pixels grad, Pixels in, int64_t in_row, int64_t v0,
                                    int64_t v1, const Steps& steps) {
   steps.request(1);
-  const Vec<T> d = load(grad);
+  const Vec<T> d = Product::value(load(grad));
 #pragma GCC unroll 4
   for (int u = 0; u < U; ++u, in += in_row)
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v)
-      if (v >= v0 && v < v1) a[u][v] += d * load(in + v * steps.in());
+      if (v >= v0 && v < v1) Product::add(a[u][v], d, Product::value(load(in + v * steps.in())));
 }
 
 // acc[u][v] += sum over x < n of grad[x] * in[u][x + v], B values of x at a time. With kHalo the row of grad
 // is as wide as the image, and V / 2 pixels at either end of `in` are halo, which is not read.
-template <class T, int U, int V, int B, bool kHalo, class Pixels, class Steps>
+template <class Product, class T, int U, int V, int B, bool kHalo, class Pixels, class Steps>
 LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, Pixels grad, Pixels in, int64_t in_row, int64_t n,
                                   const Steps& steps) {
   constexpr int L = kLanes<T>, P = kHalo ? V / 2 : 0;
@@ -90,23 +101,23 @@ LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, Pixels grad, Pixels i
   Vec<T> a[U][V] = {};
   int64_t x = 0;
   if (kHalo && n == B) {
-    correlate_block<T, B, P, P>(a, grad, in, in_row, steps);
+    correlate_block<Product, T, B, P, P>(a, grad, in, in_row, steps);
     x = B;
   } else if (kHalo && n >= B + P) {
-    correlate_block<T, B, P, 0>(a, grad, in, in_row, steps);
+    correlate_block<Product, T, B, P, 0>(a, grad, in, in_row, steps);
     x = B;
   }
   for (; kHalo && x < P && x < n; ++x)
-    correlate_pixel<T>(a, grad + x * dg, in + x * di, in_row, P - x, n + P - x, steps);
-  for (; x + B + P <= n; x += B) correlate_block<T, B, 0, 0>(a, grad + x * dg, in + x * di, in_row, steps);
+    correlate_pixel<Product, T>(a, grad + x * dg, in + x * di, in_row, P - x, n + P - x, steps);
+  for (; x + B + P <= n; x += B) correlate_block<Product, T, B, 0, 0>(a, grad + x * dg, in + x * di, in_row, steps);
   if (kHalo && x > 0 && x + B == n) {
-    correlate_block<T, B, 0, P>(a, grad + x * dg, in + x * di, in_row, steps);
+    correlate_block<Product, T, B, 0, P>(a, grad + x * dg, in + x * di, in_row, steps);
     x = n;
   }
   for (; B > 4 && x + 4 + P <= n; x += 4)
-    correlate_block<T, 4, 0, 0>(a, grad + x * dg, in + x * di, in_row, steps);
+    correlate_block<Product, T, 4, 0, 0>(a, grad + x * dg, in + x * di, in_row, steps);
   for (; x < n; ++x)
-    correlate_pixel<T>(a, grad + x * dg, in + x * di, in_row, 0, kHalo ? n + P - x : V, steps);
+    correlate_pixel<Product, T>(a, grad + x * dg, in + x * di, in_row, 0, kHalo ? n + P - x : V, steps);
 #pragma GCC unroll 4
   for (int u = 0; u < U; ++u)
 #pragma GCC unroll 16
@@ -114,15 +125,15 @@ LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, Pixels grad, Pixels i
 }
 
 // Values of x at a time: as many as registers hold, and such that they divide the rows of most networks.
-template <class T, int U, int V, bool kHalo, class Pixels, class Steps>
+template <class Product, class T, int U, int V, bool kHalo, class Pixels, class Steps>
 LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, Pixels grad, Pixels in, int64_t in_row, int64_t n,
                                   const Steps& steps) {
   if constexpr (kRegisters < 32)
-    correlate_unit<T, U, V, 4, kHalo>(acc, acc_row, grad, in, in_row, n, steps);
+    correlate_unit<Product, T, U, V, 4, kHalo>(acc, acc_row, grad, in, in_row, n, steps);
   else if (n % 7 == 0)
-    correlate_unit<T, U, V, 7, kHalo>(acc, acc_row, grad, in, in_row, n, steps);
+    correlate_unit<Product, T, U, V, 7, kHalo>(acc, acc_row, grad, in, in_row, n, steps);
   else
-    correlate_unit<T, U, V, 8, kHalo>(acc, acc_row, grad, in, in_row, n, steps);
+    correlate_unit<Product, T, U, V, 8, kHalo>(acc, acc_row, grad, in, in_row, n, steps);
 }
 
 // The same for any stride and dilation.
@@ -154,39 +165,39 @@ struct RowMatch {
   bool halo;  // known_halo of problem.h
 };
 
-template <class T, int U, int V>
+template <class Product, class T, int U, int V>
 LKCONV_INLINE void correlate_some(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_row,
                                   const RowMatch& m) {
   constexpr bool kOdd = V == 3 || V == 5 || V == 7;
-  if (m.stride != 1 || m.dil != 1)
+  if (kRowsTogether == 1 && (m.stride != 1 || m.dil != 1))
     correlate_strided<T, U, V>(acc, acc_row, grad, in, in_row, m.n, m.stride, m.dil);
   else if (kOdd && m.halo)
-    correlate_unit<T, U, V, kOdd>(acc, acc_row, grad, in, in_row, m.n, ScratchSteps<T>());
+    correlate_unit<Product, T, U, V, kOdd>(acc, acc_row, grad, in, in_row, m.n, ScratchSteps<T>());
   else
-    correlate_unit<T, U, V, false>(acc, acc_row, grad, in, in_row, m.n, ScratchSteps<T>());
+    correlate_unit<Product, T, U, V, false>(acc, acc_row, grad, in, in_row, m.n, ScratchSteps<T>());
 }
 
-template <class T, int V>
+template <class Product, class T, int V>
 void correlate_rows(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_row, int64_t rows,
                     const RowMatch& m) {
   constexpr int U = rows_together(V);
   int64_t u = 0;
   for (; u + U <= rows; u += U)
-    correlate_some<T, U, V>(acc + u * acc_row, acc_row, grad, in + u * in_row, in_row, m);
-  for (; u < rows; ++u) correlate_some<T, 1, V>(acc + u * acc_row, acc_row, grad, in + u * in_row, in_row, m);
+    correlate_some<Product, T, U, V>(acc + u * acc_row, acc_row, grad, in + u * in_row, in_row, m);
+  for (; u < rows; ++u) correlate_some<Product, T, 1, V>(acc + u * acc_row, acc_row, grad, in + u * in_row, in_row, m);
 }
 
-// All taps of kernel rows [0, rows) against one row of grad_output.
-template <class T>
+// All taps of kernel rows [0, rows) against one row of grad_output, or against two.
+template <class Product, class T>
 void correlate(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_row, int64_t rows,
                int64_t taps, const RowMatch& m) {
   constexpr int L = kLanes<T>;
   while (taps > 0) {
     const int64_t part = taps_together(taps);
     switch (part) {
-#define LKCONV_CASE(V)                                             \
-  case V:                                                          \
-    correlate_rows<T, V>(acc, acc_row, grad, in, in_row, rows, m); \
+#define LKCONV_CASE(V)                                                      \
+  case V:                                                                   \
+    correlate_rows<Product, T, V>(acc, acc_row, grad, in, in_row, rows, m); \
     break;
       LKCONV_CASE(1)
       LKCONV_CASE(2)
@@ -203,6 +214,36 @@ void correlate(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_r
     taps -= part;
     acc += part * L;
     in += part * m.dil * L;
+  }
+}
+
+// add(product, y, u0, u1) for rows [y0, y1) of grad_output and the kernel rows that meet the image there; where
+// products are of two rows at once, for row y and the one below it, and then for what only one of them meets.
+template <class Add>
+LKCONV_INLINE void for_steps_over_rows(const Geometry& p, int64_t y0, int64_t y1, Add&& add) {
+  struct Taps {
+    int64_t u0, u1;
+  };
+  const auto taps_of = [&](int64_t y) {
+    const int64_t top = y * p.stride_h - p.pad_h;
+    Taps t;
+    clip_taps(top, top, p.height, p.kernel_h, p.dil_h, t.u0, t.u1);
+    return t;
+  };
+  const auto step = [&](auto product, int64_t y, int64_t u0, int64_t u1) {
+    if (u0 < u1) add(product, y, u0, u1);
+  };
+  for (int64_t y = y0; y < y1; y += kRowsTogether) {
+    const Taps row = taps_of(y);
+    if (kRowsTogether == 1 || y + 1 == y1) {
+      step(LastRow(), y, row.u0, row.u1);
+      continue;
+    }
+    const Taps below = taps_of(y + 1);
+    const int64_t end = std::max(row.u0, std::min(row.u1, below.u1));
+    step(Rows(), y, row.u0, end);
+    step(LastRow(), y, end, row.u1);
+    step(LastRow(), y + 1, below.u0, std::min(row.u0, below.u1));
   }
 }
 

@@ -4,41 +4,62 @@
 
 namespace lkconv::cpu::LKCONV_ISA {
 
-// out[i] = sum over u < rows, v < V of taps[u][v] * pixels[u][S i + v], as in tile_unit: a vector of pixels
-// is loaded once for all taps of a row. The first kLeft and the last kRight pixels are halo, which is not
-// read.
+// a[i] += sum over v < V of taps[u][v] * pixels[u][S i + v] for one part, as in add_row: a vector of pixels is
+// loaded once for all taps of a row. The first kLeft and the last kRight pixels are halo, which is not read.
+template <class Product, int kPart, int V, int S, int kLeft, int kRight, class T, int X>
+LKCONV_INLINE void add_row_in_place(Vec<float> (&a)[chains(X)][X], const TensorRows<T>& pixels, int64_t u,
+                                    const InPlaceTaps& taps) {
+  const T *in = pixels.row(u) + kLeft * pixels.step, *below = pixels.row(u + 1) + kLeft * pixels.step;
+  asm("" : "+r"(in), "+r"(below));  // else the compiler keeps X + V addresses of each
+  const float* held = taps.base + u * taps.row + kPart * taps.part;
+  Vec<float> k[V];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) k[v] = Product::value(load(held + v * kLanes<float>));
+#pragma GCC unroll 32
+  for (int j = kLeft; j < S * (X - 1) + V - kRight; ++j, in += pixels.step, below += pixels.step) {
+    Vec<float> p = take_part<Product, kPart>(in, below);
+    if (V > 1) keep(p);
+#pragma GCC unroll 16
+    for (int i = 0; i < X; ++i)
+      if (j - S * i >= 0 && j - S * i < V) Product::add(a[(j - S * i) % chains(X)][i], k[j - S * i], p);
+  }
+}
+
+// One part of the sums of in_place_tile: both need more registers than there are.
+template <int kPart, int V, int S, int kLeft, int kRight, class T, int X>
+LKCONV_INLINE void in_place_sums(Vec<float> (&a)[X], const TensorRows<T>& pixels, const InPlaceTaps& taps,
+                                 int64_t rows) {
+  Vec<float> sums[chains(X)][X] = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < X; ++i) sums[0][i] = a[i];
+  int64_t u = 0;
+  for (; u + kRowsTogether <= rows; u += kRowsTogether)
+    add_row_in_place<Rows, kPart, V, S, kLeft, kRight>(sums, pixels, u, taps);
+  if (kRowsTogether > 1 && u < rows)
+    add_row_in_place<LastRow, kPart, V, S, kLeft, kRight>(sums, pixels, u, taps);
+#pragma GCC unroll 16
+  for (int i = 0; i < X; ++i) a[i] = chains(X) > 1 ? sums[0][i] + sums[chains(X) - 1][i] : sums[0][i];
+}
+
+// out[i] = sum over u < rows of add_row_in_place.
 template <class T, int X, int V, int S, int kLeft, int kRight>
 LKCONV_INLINE void in_place_tile(const InPlaceOutputs<T>& out, const TensorRows<T>& pixels,
                                  const InPlaceTaps& taps, int64_t rows) {
-  constexpr int L = kLanes<float>, P = kFloatParts<T>;
-  Vec<float> a[X][P];
-#pragma GCC unroll 16
-  for (int i = 0; i < X; ++i)
+  constexpr int P = kFloatParts<T>;
+  Vec<float> a[P][X];
 #pragma GCC unroll 2
-    for (int q = 0; q < P; ++q) a[i][q] = out.initial[q];
-  for (int64_t u = 0; u < rows; ++u) {
-    const T* in = pixels.row(u) + kLeft * pixels.step;
-    const float* held = taps.base + u * taps.row;
-    Vec<float> k[V][P];
+  for (int q = 0; q < P; ++q)
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v)
-#pragma GCC unroll 2
-      for (int q = 0; q < P; ++q) k[v][q] = load(held + q * taps.part + v * L);
-#pragma GCC unroll 32
-    for (int j = kLeft; j < S * (X - 1) + V - kRight; ++j, in += pixels.step) {
-      Vec<float> p[P];
-      take_apart(p, load_whole(in));
-#pragma GCC unroll 2
-      for (int q = 0; q < P; ++q) {
-        if (V > 1) keep(p[q]);
+    for (int i = 0; i < X; ++i) a[q][i] = out.initial[q];
+  in_place_sums<0, V, S, kLeft, kRight>(a[0], pixels, taps, rows);
+  if constexpr (P == 2) in_place_sums<1, V, S, kLeft, kRight>(a[1], pixels, taps, rows);
 #pragma GCC unroll 16
-        for (int i = 0; i < X; ++i)
-          if (j - S * i >= 0 && j - S * i < V) a[i][q] += k[j - S * i][q] * p[q];
-      }
-    }
+  for (int i = 0; i < X; ++i) {
+    Vec<float> parts[P];
+#pragma GCC unroll 2
+    for (int q = 0; q < P; ++q) parts[q] = a[q][i];
+    store_whole(out.at + i * out.step, put_together(parts, T()));
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < X; ++i) store_whole(out.at + i * out.step, put_together(a[i], T()));
 }
 
 // A block that reaches the halo at `left`, by the padding, or at `right`, by that or one pixel less.
@@ -88,7 +109,7 @@ void narrow_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t block,
   switch (block) {
 #if LKCONV_VECTOR_REGISTERS >= 32
     case 14:
-      if constexpr (kFloatParts<T> == 1) return narrow_row<T, 14>(p, s, y);
+      return narrow_row<T, 14>(p, s, y);
 #endif
     case 8:
       return narrow_row<T, 8>(p, s, y);

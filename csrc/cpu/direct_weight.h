@@ -39,14 +39,12 @@ void correlate_tile(const WeightProblem& p, const DirectWeightScratch<T>& s, con
   const Window<T>& w = s.window[g];
   const int64_t width = t.x1 - t.x0, grad_row = width * L;
   const RowMatch match{width, p.stride_w, p.dil_w, known_halo(p) && width == p.width};
-  for (int64_t y = t.y0; y < t.y1; ++y) {
-    const int64_t top = y * p.stride_h - p.pad_h;
-    int64_t u0, u1;
-    clip_taps(top, top, p.height, p.kernel_h, p.dil_h, u0, u1);
-    if (u1 <= u0) continue;
-    correlate(s.image[g] + u0 * p.kernel_w * L, p.kernel_w * L, s.grad[g] + (y - t.y0) * grad_row,
-              w.base + (top + u0 * p.dil_h - t.iy0) * w.row, w.row * p.dil_h, u1 - u0, p.kernel_w, match);
-  }
+  for_steps_over_rows(p, t.y0, t.y1, [&](auto product, int64_t y, int64_t u0, int64_t u1) {
+    const int64_t first = y * p.stride_h - p.pad_h + u0 * p.dil_h;
+    correlate<decltype(product)>(s.image[g] + u0 * p.kernel_w * L, p.kernel_w * L,
+                                 s.grad[g] + (y - t.y0) * grad_row, w.base + (first - t.iy0) * w.row,
+                                 w.row * p.dil_h, u1 - u0, p.kernel_w, match);
+  });
 }
 
 // The sums of one image for the groups of a span.
@@ -69,6 +67,12 @@ void correlate_image(const WeightProblem& p, const Plan& plan, DirectWeightScrat
     const DirectTile t = direct_tile(p, plan, tile / tiles_x, tile % tiles_x);
     load_window(s.window, s.input, s.count, t, t.iy0, t.iy1, p.width);
     load_rows(s.grad, (t.x1 - t.x0) * L, L, s.grad_output, s.count, t.y0, t.y1, t.x0, t.x1);
+#if LKCONV_ROW_PAIRS
+    for (int64_t g = 0; g < s.count; ++g) {
+      pair_rows(s.window[g].base, s.window[g].row, t.iy1 - t.iy0, s.window[g].row / kLanes<T>);
+      pair_rows(s.grad[g], (t.x1 - t.x0) * L, t.y1 - t.y0, t.x1 - t.x0);
+    }
+#endif
     for (int64_t g = 0; g < s.count; ++g) correlate_tile(p, s, t, g);
   }
 }
@@ -94,6 +98,8 @@ void weight_direct(const WeightProblem& p, const Plan& plan, T* partial, int64_t
   }
 }
 
+#if !LKCONV_ROW_PAIRS
+
 // Adds the splits in order and writes the gradient of the groups [g0, g1).
 template <class T>
 void weight_reduce(const WeightProblem& p, const Plan& plan, T* partial, int64_t g0, int64_t g1) {
@@ -105,12 +111,14 @@ void weight_reduce(const WeightProblem& p, const Plan& plan, T* partial, int64_t
       add_vectors(sum, partial + (s * groups + g) * taps * plan.lanes, taps * plan.lanes / L);
     if constexpr (std::is_same_v<T, float>)
       if (plan.in_place && plan.algorithm == Algorithm::direct) {
-        store_sums_in_place(p, sum, g);
+        store_sums_in_place(p, plan, sum, g);
         continue;
       }
     const Lanes<T> to = make_lanes<T>(p.grad_weight, 0, g * L, p.channels, [](int64_t c) { return c; });
     store_rows(sum, p.kernel_w * L, L, Vec<T>{}, to, 0, p.kernel_h, 0, p.kernel_w);
   }
 }
+
+#endif
 
 }  // namespace lkconv::cpu::LKCONV_ISA

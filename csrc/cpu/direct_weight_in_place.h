@@ -16,22 +16,53 @@ struct PartPointer {
 };
 template <int kPart>
 LKCONV_INLINE Vec<float> load(PartPointer<bf16, kPart> p) {
-  const VU32 bits = load_whole(p.at);
-  return (Vec<float>)(kPart ? bits & kUpperHalf : bits << 16);
+  return take_part<OneRow, kPart>(p.at, p.at);
 }
-template <int kPart>
-LKCONV_INLINE const float* part_pointer(const float* at) {
+#if LKCONV_ROW_PAIRS
+// One part of pairs of two rows, `below` elements apart, or of the floats of one.
+template <class Product, int kPart>
+struct RowsPointer {
+  const bf16* at;
+  int64_t below;
+  LKCONV_INLINE void operator+=(int64_t elements) { at += elements; }
+  LKCONV_INLINE RowsPointer operator+(int64_t elements) const { return {at + elements, below}; }
+};
+template <class Product, int kPart>
+LKCONV_INLINE void pin(RowsPointer<Product, kPart>& p) {
+  asm("" : "+r"(p.at));
+}
+template <class Product, int kPart>
+LKCONV_INLINE Vec<float> load(RowsPointer<Product, kPart> p) {
+  return take_part<Product, kPart>(p.at, p.at + p.below);
+}
+template <class Product, int kPart>
+LKCONV_INLINE RowsPointer<Product, kPart> part_pointer(const bf16* at, int64_t below) {
+  return {at, below};
+}
+#else
+template <class Product, int kPart>
+LKCONV_INLINE const float* part_pointer(const float* at, int64_t) {
   return at;
 }
-template <int kPart>
-LKCONV_INLINE PartPointer<bf16, kPart> part_pointer(const bf16* at) {
+template <class Product, int kPart>
+LKCONV_INLINE PartPointer<bf16, kPart> part_pointer(const bf16* at, int64_t) {
   return {at};
 }
+#endif
 
-template <class T>
-LKCONV_INLINE void add_vectors(T* sum, const T* more, int64_t vectors) {
-  for (int64_t i = 0; i < vectors * kLanes<T>; i += kLanes<T>) store(sum + i, load(sum + i) + load(more + i));
-}
+// What the values behind a pointer multiply.
+template <class Pixels>
+struct ProductBehind {
+  using Product = OneRow;
+};
+#if LKCONV_ROW_PAIRS
+template <int kPart>
+struct ProductBehind<RowsPointer<TwoRows, kPart>> {
+  using Product = TwoRows;
+};
+#endif
+template <class Pixels>
+using ProductOf = typename ProductBehind<Pixels>::Product;
 
 // Rows of grad_output and of the input that meet.
 template <class Pixels>
@@ -52,9 +83,9 @@ LKCONV_INLINE void correlate_strided_unit(float* acc, const RowPair<Pixels>& r, 
           right = r.width + P;  // of the pixels an output reads, those in the image are [left, right)
   for (int64_t x = 0; x < r.n; ++x, left -= r.stride, right -= r.stride) {
     if (left <= 0 && right >= V)
-      correlate_pixel<float, U, V>(a, grad, in, r.in_row, 0, V, r.steps);
+      correlate_pixel<ProductOf<Pixels>, float, U, V>(a, grad, in, r.in_row, 0, V, r.steps);
     else
-      correlate_pixel<float, U, V>(a, grad, in, r.in_row, left, right, r.steps);
+      correlate_pixel<ProductOf<Pixels>, float, U, V>(a, grad, in, r.in_row, left, right, r.steps);
     grad += r.steps.grad(), in += r.stride * r.steps.in();
   }
 #pragma GCC unroll 4
@@ -74,10 +105,10 @@ void correlate_rows_in_place(float* acc, const RowPair<Pixels>& r) {
     return;
   }
   for (; u + U <= r.rows; u += U)
-    correlate_unit<float, U, V, kHalo>(acc + u * V * L, V * L, r.grad, r.in + u * r.in_row, r.in_row, r.n,
+    correlate_unit<ProductOf<Pixels>, float, U, V, kHalo>(acc + u * V * L, V * L, r.grad, r.in + u * r.in_row, r.in_row, r.n,
                                        r.steps);
   for (; u < r.rows; ++u)
-    correlate_unit<float, 1, V, kHalo>(acc + u * V * L, V * L, r.grad, r.in + u * r.in_row, r.in_row, r.n,
+    correlate_unit<ProductOf<Pixels>, float, 1, V, kHalo>(acc + u * V * L, V * L, r.grad, r.in + u * r.in_row, r.in_row, r.n,
                                        r.steps);
 }
 
@@ -112,20 +143,19 @@ LKCONV_INLINE RowsAhead rows_ahead(const WeightProblem& p, const T* grads, const
           pixels};
 }
 
-// The sums of one image for `count` groups from channel c0 on.
+// The sums of one image for `count` groups from channel c0 on, whose elements are next to each other.
 template <class T>
-void correlate_image_in_place(const WeightProblem& p, float* sums, int64_t count, int64_t n, int64_t c0) {
+void correlate_image_in_place(const WeightProblem& p, float* sums, int64_t count, int64_t n, int64_t c0,
+                              bool request) {
   constexpr int64_t L = kElements<T>;
   const TensorView &in = p.input, &grad = p.grad_output;
-  const bool request = requests_rows(p, in.dtype);
   const int64_t taps = p.kernel_h * p.kernel_w;
   zero(sums, count * taps * kFloatParts<T>);
-  for (int64_t y = 0; y < p.out_height; ++y) {
+  for_steps_over_rows(p, 0, p.out_height, [&](auto product, int64_t y, int64_t u0, int64_t u1) {
+    using Product = decltype(product);
     const int64_t top = y * p.stride_h - p.pad_h;
-    int64_t u0, u1;
-    clip_taps(top, top, p.height, p.kernel_h, p.dil_h, u0, u1);
     const int64_t next = std::max<int64_t>(0, top + (p.kernel_h - 1) * p.dil_h + 1);
-    for (int64_t g = 0; g < count && u0 < u1; ++g) {
+    for (int64_t g = 0; g < count; ++g) {
       const int64_t c = std::min(c0 + g * L, p.channels - L);
       const T* grads = element<T>(grad, n, c, y);
       const T* image = element<T>(in, n, c, 0);
@@ -140,11 +170,35 @@ void correlate_image_in_place(const WeightProblem& p, float* sums, int64_t count
             to, p.kernel_w,
             {grad, in_rows, in.stride_h * p.dil_h, u1 - u0, p.out_width, p.width, p.stride_w, steps});
       };
-      add(part_pointer<0>(grads), part_pointer<0>(rows), acc);
+      const int64_t below = in.stride_h * p.stride_h;
+      add(part_pointer<Product, 0>(grads, grad.stride_h), part_pointer<Product, 0>(rows, below), acc);
       if constexpr (kFloatParts<T> == 2)
-        add(part_pointer<1>(grads), part_pointer<1>(rows), acc + taps * kLanes<float>);
+        add(part_pointer<Product, 1>(grads, grad.stride_h), part_pointer<Product, 1>(rows, below),
+            acc + taps * kLanes<float>);
     }
-  }
+  });
+}
+
+// The same for one group, from copies of its pixels (Plan::gather).
+template <class T>
+void correlate_image_gathered(const WeightProblem& p, const Plan& plan, float* sums, T* copies, int64_t n,
+                              int64_t c) {
+  constexpr int64_t L = kElements<T>;
+  WeightProblem q = p;
+  q.channels = L;
+  const auto gather = [&](TensorView& t, auto channel, int64_t height, int64_t width) {
+    if (plan.gather == Gather::pixels)
+      gather_pixels(copies, element<const T>(t, n, c, 0), t, width, 0, height);
+#if LKCONV_AVX512
+    else if constexpr (std::is_same_v<T, bf16>)
+      gather_planes(copies, t, n, channel, width, 0, height);
+#endif
+    t.data = copies, t.stride_n = 0, t.stride_c = 1, t.stride_w = L, t.stride_h = L * width;
+    copies += (height * width + kSlackPixels) * L;
+  };
+  gather(q.input, [&](int64_t i) { return (c + i) / p.channel_div; }, p.height, p.width);
+  gather(q.grad_output, [&](int64_t i) { return c + i; }, p.out_height, p.out_width);
+  correlate_image_in_place<T>(q, sums, 1, 0, 0, false);
 }
 
 // Task = (span of channel groups, split of the batch), as in weight_direct.
@@ -153,7 +207,12 @@ void weight_in_place_of(const WeightProblem& p, const Plan& plan, float* partial
                         int64_t task1) {
   constexpr int64_t L = kElements<T>;
   const int64_t taps = p.kernel_h * p.kernel_w, groups = channel_groups(p.channels, plan);
-  float* image = thread_scratch<float>(taps * L * plan.span);
+  const bool gathered = plan.gather != Gather::none;
+  const int64_t pixels =
+      gathered ? p.height * p.width + p.out_height * p.out_width + 2 * kSlackPixels : 0;
+  float* image = thread_scratch<float>(taps * L * plan.span + pixels * kLanes<float>);
+  T* copies = reinterpret_cast<T*>(image + taps * L * plan.span);
+  const bool request = requests_rows(p, p.input.dtype);
   for (int64_t task = task0; task < task1; ++task) {
     const int64_t g0 = task / plan.splits * plan.span, split = task % plan.splits;
     const int64_t count = std::min(plan.span, groups - g0), vectors = taps * kFloatParts<T> * count;
@@ -161,7 +220,10 @@ void weight_in_place_of(const WeightProblem& p, const Plan& plan, float* partial
     zero(total, vectors);
     const int64_t n0 = p.batch * split / plan.splits, n1 = p.batch * (split + 1) / plan.splits;
     for (int64_t n = n0; n < n1; ++n) {
-      correlate_image_in_place<T>(p, image, count, n, g0 * L);
+      if (!gathered) correlate_image_in_place<T>(p, image, count, n, g0 * L, request);
+      for (int64_t g = 0; g < count && gathered; ++g)
+        correlate_image_gathered<T>(p, plan, image + g * taps * L, copies, n,
+                                    std::min((g0 + g) * L, p.channels - L));
       add_vectors(total, image, vectors);
     }
   }
@@ -169,11 +231,13 @@ void weight_in_place_of(const WeightProblem& p, const Plan& plan, float* partial
 
 // Writes the gradient of group g from its sums.
 template <class T>
-void store_sums_in_place_of(const WeightProblem& p, const float* sums, int64_t g) {
+void store_sums_in_place_of(const WeightProblem& p, const Plan& plan, const float* sums, int64_t g) {
   constexpr int64_t L = kElements<T>, P = kFloatParts<T>;
   const int64_t taps = p.kernel_h * p.kernel_w, c0 = std::min(g * L, p.channels - L);
-  for (int64_t c = g * L; c < c0 + L; ++c) {
-    const int64_t part = (c - c0) % P, lane = (c - c0) / P;
+  for (int64_t i = 0; i < L; ++i) {
+    const int64_t part = i / kLanes<float>, lane = i % kLanes<float>;
+    const int64_t c = c0 + element_of_part(plan.paired, part, lane, P);
+    if (c < g * L) continue;  // of the group before
     const float* from = sums + part * taps * kLanes<float> + lane;
     for (int64_t u = 0; u < p.kernel_h; ++u) {
       T* to = element<T>(p.grad_weight, 0, c, u);
@@ -186,13 +250,14 @@ void store_sums_in_place_of(const WeightProblem& p, const float* sums, int64_t g
 inline void weight_in_place(const WeightProblem& p, const Plan& plan, float* partial, int64_t task0,
                             int64_t task1) {
 #if LKCONV_VECTOR_REGISTERS >= 32
-  if (p.input.dtype == DType::bf16) return weight_in_place_of<bf16>(p, plan, partial, task0, task1);
+  if (kRowsTogether > 1 || p.input.dtype == DType::bf16)
+    return weight_in_place_of<bf16>(p, plan, partial, task0, task1);
 #endif
-  weight_in_place_of<float>(p, plan, partial, task0, task1);
+  if constexpr (kRowsTogether == 1) weight_in_place_of<float>(p, plan, partial, task0, task1);
 }
-inline void store_sums_in_place(const WeightProblem& p, const float* sums, int64_t g) {
-  p.input.dtype == DType::bf16 ? store_sums_in_place_of<bf16>(p, sums, g)
-                               : store_sums_in_place_of<float>(p, sums, g);
+inline void store_sums_in_place(const WeightProblem& p, const Plan& plan, const float* sums, int64_t g) {
+  p.input.dtype == DType::bf16 ? store_sums_in_place_of<bf16>(p, plan, sums, g)
+                               : store_sums_in_place_of<float>(p, plan, sums, g);
 }
 
 }  // namespace lkconv::cpu::LKCONV_ISA

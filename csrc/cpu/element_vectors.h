@@ -3,6 +3,8 @@
 // widening neighbouring elements, and sums are put together again the same way.
 #pragma once
 
+#include "row_products.h"
+
 namespace lkconv::cpu::LKCONV_ISA {
 
 template <class S>
@@ -35,9 +37,23 @@ LKCONV_INLINE VU32 round_upper_half(Vec<float> v) {
 #endif
 }
 LKCONV_INLINE VU32 put_together(const Vec<float>* part, float) { return (VU32)part[0]; }
+#if !LKCONV_ROW_PAIRS
 LKCONV_INLINE VU32 put_together(const Vec<float>* part, bf16) {
   return (round_upper_half(part[0]) >> 16) | (round_upper_half(part[1]) & kUpperHalf);
 }
+#else
+// The parts of interleave_rows.
+LKCONV_INLINE VU32 put_together(const Vec<float>* part, bf16) {
+  const __m512 a = (__m512)part[0], b = (__m512)part[1];
+  // The processor's own rounding takes subnormal numbers for zeros.
+  if (__builtin_expect(!(_mm512_fpclass_ps_mask(a, 0x20) | _mm512_fpclass_ps_mask(b, 0x20)), 1)) {
+    const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+    return (VU32)_mm512_permutexvar_epi64(order, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+  }
+  return (VU32)_mm512_packus_epi32((__m512i)(round_upper_half(part[0]) >> 16),
+                                   (__m512i)(round_upper_half(part[1]) >> 16));
+}
+#endif
 
 LKCONV_INLINE VU32 load_whole(const float* from) { return (VU32)load(from); }
 LKCONV_INLINE VU32 load_whole(const bf16* from) {
@@ -48,6 +64,49 @@ LKCONV_INLINE void store_whole(float* to, VU32 bits) { store(to, (Vec<float>)bit
 LKCONV_INLINE void store_whole(bf16* to, VU32 bits) {
   typedef uint32_t Bits __attribute__((vector_size(LKCONV_VECTOR_BYTES), aligned(2), may_alias));
   *reinterpret_cast<Bits*>(to) = bits;
+}
+
+#if LKCONV_ROW_PAIRS
+// Two rows of pixels as pairs, or one as floats (its upper halves): a part has every other four elements.
+LKCONV_INLINE void interleave_rows(Vec<float> (&part)[2], Vec<u16> row, Vec<u16> below) {
+  part[0] = (Vec<float>)interleave<u16>(row, below, 1, false);
+  part[1] = (Vec<float>)interleave<u16>(row, below, 1, true);
+}
+LKCONV_INLINE Vec<u16> load_row(const bf16* from) { return load(&from->bits); }
+#endif
+// Which element lane `lane` of a part is, where pixels are pairs of rows and where they are not.
+constexpr int64_t element_of_part(bool paired, int64_t part, int64_t lane, int64_t parts) {
+  return paired ? lane / 4 * 8 + part * 4 + lane % 4 : lane * parts + part;
+}
+
+// Pixels of a step over rows, from the row at `at` and, if two are multiplied at once, the one at `below`.
+template <class Product, int P, class T>
+LKCONV_INLINE void take_pixels(Vec<float> (&part)[P], const T* at, const T* below) {
+#if LKCONV_ROW_PAIRS
+  if constexpr (Product::kRows == 2)
+    interleave_rows(part, load_row(at), load_row(below));
+  else
+    interleave_rows(part, Vec<u16>{}, load_row(at));
+#else
+  take_apart(part, load_whole(at));
+#endif
+}
+
+// One part of them.
+template <class Product, int kPart>
+LKCONV_INLINE Vec<float> take_part(const float* at, const float*) {
+  return load(at);
+}
+template <class Product, int kPart>
+LKCONV_INLINE Vec<float> take_part(const bf16* at, [[maybe_unused]] const bf16* below) {
+#if LKCONV_ROW_PAIRS
+  Vec<float> part[2];
+  take_pixels<Product>(part, at, below);
+  return part[kPart];
+#else
+  const VU32 bits = load_whole(at);
+  return (Vec<float>)(kPart ? bits & kUpperHalf : bits << 16);
+#endif
 }
 
 LKCONV_INLINE float as_float(float value) { return value; }

@@ -18,6 +18,7 @@ namespace lkconv::cpu {
 const Kernels* kernels_baseline();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_amx();
 
 const Kernels* kernels_for(Isa isa) {
@@ -27,7 +28,7 @@ const Kernels* kernels_for(Isa isa) {
     case Isa::avx2:
       return kernels_avx2();
     case Isa::avx512:
-      return kernels_avx512();
+      return bf16_products() ? kernels_avx512_bf16() : kernels_avx512();
     case Isa::amx:
       return kernels_amx();
   }
@@ -116,7 +117,8 @@ Isa active_isa() {
 Machine machine_for(Isa isa, int64_t threads) {
   const Kernels* k = kernels_for(isa);
   if (!k) throw std::invalid_argument(std::string("this build has no kernels for ") + isa_name(isa));
-  return {isa, threads, k->lanes_f32, k->lanes_f64, k->vector_registers >= 32};
+  return {isa,          threads, k->lanes_f32, k->lanes_f64, k->vector_registers >= 32,
+          k->forward_direct_pairs != nullptr};
 }
 
 void* thread_scratch_bytes(size_t bytes) {

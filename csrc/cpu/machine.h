@@ -13,6 +13,7 @@ struct Machine {
   int64_t threads;
   int64_t lanes_f32, lanes_f64;
   bool many_registers = false;  // 32 vector registers, not 16
+  bool bf16_pairs = false;      // kernels multiply pairs of bfloat16
 };
 
 const char* isa_name(Isa isa);

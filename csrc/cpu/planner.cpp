@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 
 #include "fft_plan.h"
@@ -31,9 +32,15 @@ constexpr int64_t kAtenFarBytes = 6 << 20;
 constexpr double kLeastFftProducts = 16;  // a transform's rounding errors exceed those of so short a sum
 constexpr int64_t kBatchPixels = 224;     // outputs computed between loading and storing
 // Operations on a vector of bfloat16 read in place; columns of taps split each pixel once.
+constexpr double kPlanesPixel[2] = {8, 22};  // half a vector of bfloat16 transposed; in backward_weight
+constexpr double kPairedWideTap = 0.8;
+constexpr double kPairPixel = 4;  // one vector of pixels to one of pairs with the row below
 constexpr double kSplitPixel = 2.5, kSplitColumn = 1, kRoundSums = 14;
 // Pixels this far apart share one set of a first-level cache, which holds fewer than a block of outputs
 // reads: each tap costs so many times as much, in the passes that write a tensor and in backward_weight.
+constexpr int64_t kLineBytes = 64, kNearSets = 64, kNearWays = 8, kManyTaps = 49;
+constexpr int64_t kGatheredBytes = 64 << 10;  // of a group's pixels that are copied
+constexpr int64_t kPlanesBytes = 256 << 10;  // of the input's and the output's planes of a group
 constexpr int64_t kAliasedBytes = 4096;
 constexpr double kAliasedTap[2] = {1.5, 4.5};
 
@@ -143,6 +150,17 @@ void choose_weight_span(const Geometry& g, const Machine& m, Plan& p) {
   p.span = even_part(groups, std::clamp<int64_t>(most, 1, std::min(groups, kMaxWeightSpan)));
 }
 
+// Whether a group's pixels, `bytes` each, are copied next to each other before they are read in place: where a
+// kernel's rows are more lines than the sets hold that they fall in, or where many taps read pixels that lie
+// across two lines; but not images that leave a first-level cache anyway.
+bool gathers_pixels(const Geometry& g, int64_t bytes, int64_t element) {
+  if (g.height * g.width * bytes > kGatheredBytes) return false;
+  const int64_t apart = g.channels * element;
+  if (apart % kLineBytes) return g.kernel_h * g.kernel_w >= kManyTaps;
+  const int64_t sets = kNearSets / std::gcd(apart / kLineBytes, kNearSets);
+  return std::min(g.kernel_h, g.height) * g.width > sets * kNearWays;
+}
+
 // Vectors of floats in one of a tensor's elements, where they are read in place. Sums of both parts of a
 // vector of bfloat16 need the registers.
 int64_t parts_in_place(DType dtype, const Machine& m) {
@@ -150,29 +168,50 @@ int64_t parts_in_place(DType dtype, const Machine& m) {
   return dtype == DType::bf16 && m.many_registers ? 2 : 0;
 }
 
+// What a plan in place copies first, for groups of pixels of `bytes` each: contiguous planes of bfloat16 as long
+// as they stay in a core's own cache.
+std::optional<Gather> gather_for(const Geometry& g, const Machine& m, int64_t bytes, int64_t element) {
+  if (g.adjacent) return gathers_pixels(g, bytes, element) ? Gather::pixels : Gather::none;
+  const int64_t pixels = g.height * g.width + g.out_height * g.out_width;
+  if (element == 2 && g.rows && m.isa >= Isa::avx512 && pixels * bytes <= kPlanesBytes) return Gather::planes;
+  return std::nullopt;
+}
+
+// A last group that is not full computes outputs of the one before it again: they must share a task.
+int64_t span_without_lone_group(int64_t groups, int64_t span) {
+  int64_t s = span;
+  while (s < kMaxSpanInPlace && (groups - 1) % s == 0) ++s;
+  while (s > 1 && (groups - 1) % s == 0) --s;
+  return s;
+}
+
 // Whether a direct plan reads its tensors where they are: in vectors of their own type. float64 is left out
 // for the size of the code.
 void choose_in_place(Pass pass, const Geometry& g, int64_t reduce, const Machine& m, int64_t parts, Plan& p) {
-  if (!g.adjacent || reduce != 1 || g.phases != 1 || g.channels < p.lanes) return;
-  if (!(pass == Pass::backward_weight ? odd_rows(g) : rows_in_place(g))) return;
   const int64_t vector = p.lanes * int64_t(sizeof(float)), taps = g.kernel_h * g.kernel_w;
+  const int64_t bytes = vector / parts, element = int64_t(sizeof(float)) / parts;
+  const std::optional<Gather> gather = gather_for(g, m, bytes, element);
+  if (!gather || reduce != 1 || g.phases != 1 || g.channels < p.lanes) return;
+  if (!(pass == Pass::backward_weight ? odd_rows(g) : rows_in_place(g))) return;
+  p.gather = *gather;
+  const int64_t in = g.height * g.width + kSlackPixels, out = g.out_height * g.out_width + kSlackPixels;
   if (pass == Pass::backward_weight) {
     p.in_place = true;
     p.tile_h = g.out_height;
-    if (g.stride_h == 1 && p.span * bytes_of_rows(g, vector / parts) > kNearRowsBytes)
+    if (g.stride_h == 1 && p.span * bytes_of_rows(g, bytes) > kNearRowsBytes)
       p.span = even_part(channel_groups(g.channels, p), std::min(p.span, kNearSpan));
-    p.scratch_bytes = p.span * taps * vector;
+    p.scratch_bytes = p.span * taps * vector + (p.gather == Gather::none ? 0 : (in + out) * bytes);
   } else {
     p.tile_h = g.out_height;
     choose_span_in_place(g, m, vector, parts, p);
-    // A last group that is not full computes outputs of the one before it again: they share a task.
-    const int64_t last_span = (channel_groups(g.channels, p) - 1) % p.span + 1;
-    if (g.channels % p.lanes && last_span == 1) return;
+    if (*gather == Gather::planes) p.span = 1;
+    if (g.channels % p.lanes) p.span = span_without_lone_group(channel_groups(g.channels, p), p.span);
     p.block = in_place_block(g, m.many_registers, parts);
     p.in_place = p.block > 0;
     if (!p.in_place) return;
     p.batch_rows = 1;
-    p.scratch_bytes = p.span * taps * vector;
+    const int64_t copies = p.gather == Gather::none ? 0 : in + (p.gather == Gather::planes ? out : 0) + 2;
+    p.scratch_bytes = p.span * (taps * vector + copies * bytes);
   }
   p.tile_w = g.out_width;
 }
@@ -215,8 +254,22 @@ double column_pairs(Pass pass, const Geometry& g, bool in_place) {
 
 bool aliased(const Geometry& g, DType dtype) { return g.channels * dtype_size(dtype) % kAliasedBytes == 0; }
 
-double cycles_of_tap(Pass pass, const Geometry& g, bool in_place, const Costs& c) {
-  if (in_place && !narrow_rows(g)) return c.wide_tap;
+// Steps over kernel rows that the rows of outputs take, two rows at a time where there are two.
+double row_steps(const Geometry& g, bool paired) {
+  const double pairs =
+      double(in_bounds_pairs(g.height, g.out_height, g.kernel_h, g.stride_h, g.pad_h, g.dil_h));
+  if (!paired) return pairs;
+  double steps = 0;
+  for (int64_t y = 0; y < g.out_height; ++y) {
+    int64_t u0, u1;
+    clip_taps(y - g.pad_h, y - g.pad_h, g.height, g.kernel_h, 1, u0, u1);
+    steps += double(ceil_div(u1 - u0, 2));
+  }
+  return steps;
+}
+
+double cycles_of_tap(Pass pass, const Geometry& g, bool in_place, bool paired, const Costs& c) {
+  if (in_place && !narrow_rows(g)) return c.wide_tap * (paired ? kPairedWideTap : 1);
   // Whether a loaded pixel serves several outputs.
   const bool shared = in_place ? pass != Pass::backward_weight || g.stride_w == 1
                                : g.stride_w == 1 && g.dil_w == 1 && g.kernel_w > 1;
@@ -231,15 +284,19 @@ void estimate_direct(Pass pass, const Geometry& g, int64_t reduce, DType dtype, 
       double(in_bounds_pairs(g.width, g.out_width, g.kernel_w, g.stride_w, g.pad_w, g.dil_w));
   const int64_t groups = channel_groups(g.channels, p);
   const double images = double(groups * g.batch), outputs = double(g.out_height * g.out_width) * images;
-  const double vectors = rows * column_pairs(pass, g, p.in_place) * double(reduce) * images;
+  const double vectors =
+      row_steps(g, p.paired) * column_pairs(pass, g, p.in_place) * double(reduce) * images;
   const double pixels = double(g.height * g.width * reduce) * images + outputs;
   p.flops = 2 * rows * columns * double(reduce) * double(g.batch * g.channels);
   const Costs& c = costs_on(m);
-  const double move = p.in_place ? c.in_place_move : (g.phases > 1 ? c.phase_move : c.move)[!g.adjacent];
-  const double conflicts = p.in_place && aliased(g, dtype) ? kAliasedTap[pass == Pass::backward_weight] : 1;
-  p.cycles = vectors * conflicts * cycles_of_tap(pass, g, p.in_place, c) + move * pixels +
+  const double move = p.gather == Gather::planes ? kPlanesPixel[pass == Pass::backward_weight]
+                      : p.in_place               ? c.in_place_move
+                      : (g.phases > 1 ? c.phase_move : c.move)[!g.adjacent];
+  const double conflicts = p.in_place && p.gather == Gather::none && aliased(g, dtype) ? kAliasedTap[pass == Pass::backward_weight] : 1;
+  p.cycles = vectors * conflicts * cycles_of_tap(pass, g, p.in_place, p.paired, c) + move * pixels +
              double(groups * g.kernel_h * g.kernel_w) * c.kernel_tap;
   if (pass == Pass::backward_weight) p.cycles += 0.1 * vectors;
+  if (p.paired && !p.in_place) p.cycles += kPairPixel * pixels;
   if (!p.in_place || parts < 2) return;
   // Both parts' products; taking pixels apart for each kernel row, and putting sums together.
   const double round = pass == Pass::backward_weight ? 0 : kRoundSums;
@@ -247,26 +304,37 @@ void estimate_direct(Pass pass, const Geometry& g, int64_t reduce, DType dtype, 
   p.cycles += c.tap * (vectors + outputs * (split * double(g.kernel_h) + round));
 }
 
-// The plan with windows or, if asked for and possible, the one whose tensors are read in place.
-Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m, bool in_place) {
-  const int64_t parts = in_place ? parts_in_place(dtype, m) : 0;
+// How a direct plan reads its tensors.
+enum class Reading { windows, pairs_of_rows, in_place };
+
+// The plan that reads so, or, where tensors cannot be read in place, the one with windows.
+Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
+                 Reading reading) {
+  const int64_t parts = reading == Reading::in_place ? parts_in_place(dtype, m) : 0;
   Plan p;
+  p.paired = reading == Reading::pairs_of_rows;
   p.algorithm = Algorithm::direct;
   p.isa = m.isa;
   const bool wide = dtype == DType::f64;
   p.lanes = wide ? m.lanes_f64 : m.lanes_f32 * std::max<int64_t>(1, parts);
   choose_windows(pass, g, reduce, p.lanes * (wide ? 8 : 4), m, p);
   if (parts) choose_in_place(pass, g, reduce, m, parts, p);
+  if (p.in_place && parts == 2) p.paired = m.bf16_pairs && g.kernel_h > 1;
   estimate_direct(pass, g, reduce, dtype, parts, m, p);
   return p;
 }
 
 Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
-  if (!parts_in_place(dtype, m)) return direct_plan(pass, g, reduce, dtype, m, false);
-  const Plan in_place = direct_plan(pass, g, reduce, dtype, m, true);
-  if (in_place.in_place && !aliased(g, dtype)) return in_place;
-  const Plan windows = direct_plan(pass, g, reduce, dtype, m, false);
-  return in_place.in_place && in_place.cycles < windows.cycles ? in_place : windows;
+  const auto plan = [&](Reading reading) { return direct_plan(pass, g, reduce, dtype, m, reading); };
+  Plan best = plan(Reading::in_place);
+  if (!best.in_place) best = plan(Reading::windows);
+  const auto consider = [&](Reading reading) {
+    const Plan p = plan(reading);
+    if (p.cycles < best.cycles) best = p;
+  };
+  if (best.in_place && best.gather == Gather::none && aliased(g, dtype)) consider(Reading::windows);
+  if (pass == Pass::backward_weight && pairs_of_rows(g, reduce, dtype, m)) consider(Reading::pairs_of_rows);
+  return best;
 }
 
 struct AxisChoice {
@@ -505,7 +573,7 @@ double cycles_of_moving(const Geometry& g, const Machine& m) {
 double cycles_of_sums(Pass pass, const Geometry& g, DType dtype, const Machine& m) {
   Geometry scratch = g;
   scratch.adjacent = false;  // a plan with windows
-  const Plan p = direct_plan(pass, scratch, 1, dtype, m);
+  const Plan p = direct_plan(pass, scratch, 1, dtype, m, Reading::windows);
   const double pixels = double(g.height * g.width + g.out_height * g.out_width);
   return p.cycles - costs_on(m).move[1] * pixels * double(channel_groups(g.channels, p) * g.batch);
 }

@@ -13,6 +13,11 @@ using lkconv::WeightProblem;
 enum class Algorithm : int8_t { direct, planar, fft, toeplitz, aten };
 enum class Isa : int8_t { baseline, avx2, avx512, amx };
 
+// Which tensors direct kernels copy before they read pixels in place: a group's channels_last pixels, next to
+// each other; or contiguous planes, transposed to such pixels, of the input and the output.
+enum class Gather : int8_t { none, pixels, planes };
+constexpr int64_t kSlackPixels = 32;  // behind such a copy
+
 // What the planner decides and the kernels follow.
 struct Plan {
   Algorithm algorithm = Algorithm::direct;
@@ -23,6 +28,8 @@ struct Plan {
   int64_t span = 1;                // direct: channel groups handled together
   int64_t block = 0;               // planar: which of kPlanarBlocks; direct: outputs per block, if in place
   bool in_place = false;           // direct, planar: tensors are read where they are
+  Gather gather = Gather::none;    // direct in place: what is copied first
+  bool paired = false;             // direct, planar: products are of two rows of bfloat16 (row_products.h)
   int64_t swept = 0;               // planar in place: vectors of columns summed row after row, 0: in blocks
   int64_t images = 1;  // summed together: toeplitz: in a task (forward) or chunk; planar: in backward_weight
   int64_t fft_h = 0, fft_w = 0;  // fft: transform lengths
@@ -55,7 +62,7 @@ inline int64_t channel_groups(int64_t channels, const Plan& plan) { return ceil_
 // Input rows that a batch of output rows of a direct tile reads.
 inline int64_t direct_ring_rows(const Geometry& g, const Plan& plan) {
   const int64_t halo = (g.kernel_h > 0 ? g.kernel_h - 1 : 0) * g.dil_h + 1;
-  const int64_t rows = (plan.batch_rows - 1) * g.stride_h + halo;
+  const int64_t rows = (plan.batch_rows - 1) * g.stride_h + halo + plan.paired;
   return rows < g.height ? rows : g.height > 0 ? g.height : 1;
 }
 
@@ -88,10 +95,9 @@ constexpr int64_t kMaxStridedBlock = 8;
 // first and the last may touch the halo; 0: no block size is possible.
 inline int64_t in_place_block(const Geometry& p, bool many_registers, int64_t parts) {
   const bool narrow = narrow_rows(p);
-  const int64_t most = p.stride_w == 2       ? kMaxStridedBlock
-                       : !many_registers     ? (narrow ? 8 : 10)
-                       : narrow && parts > 1 ? 8
-                                             : 14;
+  const int64_t most = p.stride_w == 2   ? kMaxStridedBlock
+                       : !many_registers ? (narrow ? 8 : 10)
+                                         : 14;
   const int64_t least = narrow && p.kernel_w > 3 && p.stride_w == 1 ? 4 : narrow ? 2 : 4;
   const int64_t widest = ceil_div(p.out_width, p.dil_w), narrowest = p.out_width / p.dil_w;
   const auto fits = [&](int64_t width, int64_t x) {

@@ -221,10 +221,10 @@ LKCONV_INLINE void store_part(S* p, T v, int64_t n) {
 // a two-register shuffle: element j of the result is element pick(j) of [a b].
 template <class T, class Pick>
 LKCONV_INLINE auto shuffle_index(Pick pick) {
-  using I = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  using I = std::conditional_t<sizeof(T) == 8, int64_t, std::conditional_t<sizeof(T) == 4, int32_t, int16_t>>;
   typedef I VI __attribute__((vector_size(LKCONV_VECTOR_BYTES)));
   VI index{};
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int j = 0; j < kLanes<T>; ++j) index[j] = pick(j);
   return index;
 }

@@ -1,0 +1,57 @@
+// The kernels for avx512 with AVX512-BF16: those of avx512, and sums of bfloat16 whose products are of two rows
+// at once (row_products.h).
+// Standard headers come before the target region, so that no instruction of it leaks into shared inlines.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "half.h"
+#include "kernels.h"
+#include "planar_plan.h"
+
+namespace lkconv::cpu {
+const Kernels* kernels_avx512();
+}
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c,bmi2")
+#define LKCONV_ISA avx512_row_pairs
+#define LKCONV_ROW_PAIRS 1
+#define LKCONV_BF16_PRODUCTS 1
+#define LKCONV_VECTOR_BYTES 64
+#define LKCONV_VECTOR_REGISTERS 32
+#include "simd.h"
+#include "element_vectors.h"
+#include "lanes_io.h"
+#include "direct.h"
+#include "direct_weight.h"
+#include "planar.h"
+#include "planar_in_place_task.h"
+#pragma GCC pop_options
+
+namespace lkconv::cpu {
+const Kernels* kernels_avx512_bf16() {
+  static const Kernels kernels = [] {
+    Kernels k = *kernels_avx512();
+    k.forward_direct_pairs = avx512_row_pairs::forward_direct<float>;
+    k.forward_pixels_pairs = avx512_row_pairs::forward_pixels;
+    k.weight_direct_pairs = avx512_row_pairs::weight_direct<float>;
+    return k;
+  }();
+  return &kernels;
+}
+}  // namespace lkconv::cpu
+#else
+namespace lkconv::cpu {
+const Kernels* kernels_avx512_bf16() { return nullptr; }
+}  // namespace lkconv::cpu
+#endif
