@@ -47,6 +47,16 @@ CHANNELS_LAST = [
     Case((1, 34, 8, 20), (9, 10), padding=(4, 14)),
     Case((1, 70, 5, 60), (2, 8)),
     same((1, 32, 12, 12), (31, 31)),
+    # Two rows of bfloat16 at once: even numbers of rows, one alone, rows beyond either edge.
+    Case((1, 96, 10, 12), (4, 13), padding=(2, 6)),
+    Case((2, 64, 5, 9), (6, 3), padding=(5, 1)),
+    Case((1, 32, 1, 14), (2, 5), padding=(1, 2)),
+    # Groups whose pixels are copied first, several of them in a task.
+    same((2, 512, 9, 9), (5, 5)),
+    same((1, 65, 7, 7), (7, 7)),
+    same((1, 223, 7, 6), (13, 13), bias=False),
+    Case((1, 1024, 8, 6), (6, 6), padding=(3, 2)),
+    Case((1, 512, 12, 12), (5, 5), padding=(2, 2), stride=(2, 2)),
 ]
 # Rows of one pixel up to several vectors, for one plane and many; kernels of all of planar's blocks.
 CONTIGUOUS = [
@@ -99,6 +109,16 @@ CONTIGUOUS = [
     Case((2, 3, 6, 70), (3, 3), padding=(3, 0), stride=(2, 2)),
     Case((2, 3, 5, 6), (3, 3), padding=(1, 1), stride=(2, 2), multiplier=2),
     Case((8, 96, 28, 28), (3, 3), padding=(1, 1), stride=(2, 2)),
+    # Enough channels for planes of bfloat16 to be transposed: whole and part groups, runs of 32 pixels and less.
+    same((2, 32, 14, 14), (7, 7)),
+    same((1, 37, 9, 11), (5, 5)),
+    same((2, 65, 8, 20), (13, 13), bias=False),
+    Case((1, 33, 5, 3), (3, 3)),
+    same((1, 223, 7, 7), (13, 13)),
+    Case((1, 70, 13, 16), (6, 5), padding=(3, 2)),
+    same((1, 48, 12, 12), (3, 3), dilation=(2, 2)),
+    same((1, 40, 6, 9), (1, 9)),
+    Case((1, 20, 9, 9), (5, 5), padding=(2, 2), multiplier=2),
     # Large enough to ask for planes ahead.
     same((3, 40, 60, 60), (3, 3)),
 ]

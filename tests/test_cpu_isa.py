@@ -71,6 +71,12 @@ def test_without_fft():
 
 
 @pytest.mark.slow
+def test_without_products_of_pairs():
+    passed = run_pytest(IN_PLACE, "-k", "bfloat16", env={"LKCONV_BF16_PRODUCTS": "0"})
+    assert passed >= 800
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["direct", "planar"])
 @pytest.mark.parametrize("isa", [isa for isa in usable_isas() if isa != "amx"])
 def test_algorithms_where_the_planner_would_choose_another(algorithm, isa):

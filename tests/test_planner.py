@@ -310,21 +310,22 @@ def test_tasks_in_place_keep_their_rows_near(dtype):
 def test_pixels_in_one_cache_set_are_copied():
     """Pixels 4096 bytes apart share a set of a first-level cache, which holds too few for large kernels."""
 
-    def copied(kernel, channels, dtype="float32", pass_name="forward", side=14):
+    def copied(kernel, channels, pass_name="forward", side=14, **options):
         shape = {"size": (8, channels, side, side), "kernel": kernel, "channels_last": True, "aten": False}
-        plan = of("direct", candidates(pass_name, **shape, dtype=dtype, isa="avx512"))
+        options = {"dtype": "bfloat16", "isa": "avx512", "bf16_pairs": True, **options}
+        plan = of("direct", candidates(pass_name, **shape, **options))
         assert not (plan["in_place"] and plan["copied"])
         return plan["copied"]
 
-    for pass_name in ("forward", "backward_weight"):
-        for channels in (368, 944):  # an odd number of lines apart
-            assert not copied((7, 7), channels, pass_name=pass_name)
-        for channels, dtype in ((1024, "float32"), (2048, "bfloat16")):
-            for kernel in ((3, 3), (7, 7)):
-                assert copied(kernel, channels, dtype, pass_name) == "pixels"
-            assert not copied((1, 3), channels, dtype, pass_name, side=7), "few pixels"
-    assert not copied((7, 7), 1024, side=56), "an image that leaves the cache itself"
-    assert copied((7, 7), 499) == "pixels" and not copied((3, 3), 499), "pixels across two lines, many taps"
+    for kernel in ((5, 5), (13, 13)):
+        for channels in (512, 1024, 2048):
+            assert copied(kernel, channels) == copied(kernel, channels, "backward_input") == "pixels"
+            assert not copied(kernel, channels, side=56), "an image that leaves the cache itself"
+        assert not copied(kernel, 96 * 5), "an odd number of lines apart"
+    assert not copied((3, 3), 2048) and not copied((1, 9), 1024), "few pixels or taps"
+    assert copied((7, 7), 499) == "pixels" and not copied((5, 5), 499), "pixels across two lines, many taps"
+    for other in ({"pass_name": "backward_weight"}, {"dtype": "float32"}, {"bf16_pairs": False}):
+        assert not copied((5, 5), 1024, **other)
 
 
 @all_passes
@@ -333,10 +334,10 @@ def test_planes_of_bfloat16_are_transposed_for_kernels_in_place(pass_name):
         options = {"dtype": "bfloat16", "isa": "avx512", **options}
         return of("direct", candidates(pass_name, (8, channels, side, side), kernel, **options))["copied"]
 
-    assert copied() == copied((3, 3), 28) == copied(channels=499) == "planes"
-    assert not copied(side=56), "their copies would leave a core's own cache"
+    assert copied() == copied((3, 3), 16) == copied(channels=499) == "planes"
+    assert not copied(side=40), "their copies would not stay near"
     assert not copied(channels=24) and not copied(dtype="float32") and not copied(isa="avx2")
-    assert not copied(stride=(2, 2), padding=(3, 0)) and not copied(padding=(3, 1), stride=(1, 2))
+    assert not copied(stride=(2, 2), padding=(3, 3))
     assert bool(copied((13, 13))) == (pass_name != "backward_weight")
     assert bool(copied(multiplier=2)) == (pass_name != "backward_input")
 
@@ -354,14 +355,13 @@ def test_a_last_group_that_is_not_full_shares_its_task():
 def test_two_rows_of_bfloat16_at_once(pass_name):
     def paired(kernel=(7, 7), algorithm="direct", **options):
         options = {"dtype": "bfloat16", "isa": "avx512", "bf16_pairs": True, "channels_last": True, **options}
-        return of(algorithm, candidates(pass_name, (8, 96, 28, 28), kernel, **options))["paired"]
+        return of(algorithm, candidates(pass_name, (8, 96, 14, 14), kernel, **options))["paired"]
 
     assert paired() and paired((3, 3)) and paired((9, 1)) and paired(channels_last=False)
     assert not paired((1, 7)), "one row has no partner"
     for other in ({"bf16_pairs": False}, {"isa": "avx2"}, {"isa": "amx"}, {"dtype": "float32"}):
         assert not paired(**other)
-    # Rows that no kernel holds whole go through windows, whose pairs the weight gradient alone takes.
-    assert paired((13, 13)) and not paired(algorithm="fft")
+    assert paired((13, 13)) and not paired((13, 13), algorithm="fft")
 
 
 def test_weight_gradients_of_contiguous_planes_are_summed_in_place():

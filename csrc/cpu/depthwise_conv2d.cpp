@@ -19,10 +19,7 @@ Switches own_kernels_only() {
 
 void run_planar_tasks(const PlanarProblem& p, const Plan& plan, int64_t task0, int64_t task1) {
   const Kernels& k = *kernels_for(plan.isa);
-  const auto kernel = plan.paired     ? k.forward_pixels_pairs
-                      : plan.in_place ? k.forward_pixels
-                                      : k.forward_planar;
-  kernel(p, plan, task0, task1);
+  (plan.in_place ? k.forward_pixels : k.forward_planar)(p, plan, task0, task1);
 }
 
 // The stride phases of a planar backward_input.

@@ -2,31 +2,6 @@
 #pragma once
 
 #include "direct_tiles.h"
-
-namespace lkconv::cpu::LKCONV_ISA {
-
-// Geometry of one tile of outputs, in pixels of the padded scratch image.
-struct DirectTile {
-  int64_t y0, y1, x0, x1;      // outputs
-  int64_t iy0, iy1, ix0, ix1;  // input window: rows clipped to the image, columns not
-};
-
-LKCONV_INLINE DirectTile direct_tile(const Geometry& p, const Plan& plan, int64_t ty, int64_t tx) {
-  DirectTile t;
-  t.y0 = ty * plan.tile_h;
-  t.y1 = std::min(t.y0 + plan.tile_h, p.out_height);
-  t.x0 = tx * plan.tile_w;
-  t.x1 = std::min(t.x0 + plan.tile_w, p.out_width);
-  t.iy0 = std::clamp<int64_t>(t.y0 * p.stride_h - p.pad_h, 0, p.height);
-  t.iy1 = std::clamp<int64_t>((t.y1 - 1) * p.stride_h - p.pad_h + (p.kernel_h - 1) * p.dil_h + 1, t.iy0,
-                              p.height);
-  t.ix0 = t.x0 * p.stride_w - p.pad_w;
-  t.ix1 = (t.x1 - 1) * p.stride_w - p.pad_w + std::max<int64_t>(p.kernel_w - 1, 0) * p.dil_w + 1;
-  return t;
-}
-
-}  // namespace lkconv::cpu::LKCONV_ISA
-
 #include "direct_in_place.h"
 
 namespace lkconv::cpu::LKCONV_ISA {
@@ -69,19 +44,6 @@ void load_window(const Window<T>* windows, const Lanes<T>* in, int64_t count, co
     y += rows;
   }
 }
-
-#if LKCONV_ROW_PAIRS
-// Makes pairs of rows [y0, y1), just loaded, and of the row above them, which waited for its partner. Only a
-// tile's last row has none.
-template <class T>
-void pair_window(const Window<T>& w, const DirectTile& t, int64_t y0, int64_t y1) {
-  if (y0 == y1) return;
-  for (int64_t y = std::max(t.iy0, y0 - 1); y < y1; ++y) {
-    if (y + 1 == y1 && y1 < t.iy1) return;
-    pair_row(w.slot(t, y), y + 1 < y1 ? w.slot(t, y + 1) : nullptr, w.row / kLanes<T>);
-  }
-}
-#endif
 
 // Memory that the next batch will load and this batch will store, requested while arithmetic runs. A
 // channels_last pixel of one group is a cache line (or half of one) that hardware prefetchers do not foresee.
@@ -180,7 +142,7 @@ void direct_row(const Geometry& p, const DirectTile& t, int64_t y, const T* cons
                           x + X == p.out_width);
     else if (unit)
       block_unit<T, X, false>(to, pixels, taps, u1 - u0, v1 - v0);
-    else if constexpr (kRowsTogether == 1)
+    else
       tile_strided<T, X>(to, pixels, taps, u1 - u0, v1 - v0, p.stride_w, p.dil_w);
     if (sink.tensor && !sink.in_place())
       store_rows(finished, 0, L, sink.bias, *sink.tensor, sink.y, sink.y + 1, x, x + X);
@@ -220,11 +182,11 @@ inline int64_t direct_block(int64_t width) {
   return best;
 }
 
-// The end of the input rows that output rows up to y1 - 1 read, and of those below it, inside the tile.
+// Input rows from the first that output row y0 reads to the last that output row y1 - 1 reads, inside the
+// tile.
 LKCONV_INLINE int64_t rows_needed(const Geometry& p, const DirectTile& t, int64_t y1) {
-  return std::clamp<int64_t>((y1 - 1) * p.stride_h - p.pad_h +
-                                 std::max<int64_t>(p.kernel_h - 1, 0) * p.dil_h + kRowsTogether,
-                             t.iy0, t.iy1);
+  return std::clamp<int64_t>(
+      (y1 - 1) * p.stride_h - p.pad_h + std::max<int64_t>(p.kernel_h - 1, 0) * p.dil_h + 1, t.iy0, t.iy1);
 }
 
 // Scratch of one direct task: per channel group of the span its kernels, its window and a batch of output
@@ -271,10 +233,6 @@ void load_span_kernels(const ForwardProblem& p, const DirectScratch<T>& s, int64
                   make_lanes<T>(p.weight, 0, (g0 + g) * L, p.channels,
                                 [&](int64_t c) { return p.weight_channel(c, j); }),
                   p.kernel_h, p.kernel_w);
-#if LKCONV_ROW_PAIRS
-  for (int64_t i = 0; i < count * p.reduce; ++i)
-    pair_rows(s.kernels + i * s.kernel_size, p.kernel_w * L, p.kernel_h, p.kernel_w);
-#endif
 }
 
 template <class T>
@@ -329,9 +287,6 @@ void direct_tile_rows(const ForwardProblem& p, const Plan& plan, const DirectScr
           p.reduce == 1 ? loaded : std::clamp<int64_t>(y0 * p.stride_h - p.pad_h, t.iy0, t.iy1);
       const int64_t end = std::max(begin, rows_needed(p, t, y1));
       load_window(span.window, span.input, span.count, t, begin, end, p.width);
-#if LKCONV_ROW_PAIRS
-      for (int64_t g = 0; g < span.count; ++g) pair_window(span.window[g], t, begin, end);
-#endif
       if (p.reduce == 1) loaded = end;
       for (int64_t g = 0; g < span.count; ++g) {
         direct_batch(p, s, t, span, g, s.kernels + (g * p.reduce + j) * s.kernel_size, y0, y1, end);
@@ -353,10 +308,9 @@ void forward_direct(const ForwardProblem& p, const Plan& plan, int64_t task0, in
   if constexpr (std::is_same_v<T, float>)
     if (plan.in_place) {
 #if LKCONV_VECTOR_REGISTERS >= 32
-      if (kRowsTogether > 1 || p.input.dtype == DType::bf16)
-        return forward_in_place<bf16>(p, plan, task0, task1);
+      if (p.input.dtype == DType::bf16) return forward_in_place<bf16>(p, plan, task0, task1);
 #endif
-      if constexpr (kRowsTogether == 1) return forward_in_place<float>(p, plan, task0, task1);
+      return forward_in_place<float>(p, plan, task0, task1);
     }
   const int64_t tiles_x = ceil_div(p.out_width, plan.tile_w),
                 tiles = ceil_div(p.out_height, plan.tile_h) * tiles_x;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "direct_gather.h"
+#include "direct_windows.h"
 #include "direct_in_place_rows.h"
 // Kinds of rows, after what they share.
 #include "direct_in_place_narrow.h"

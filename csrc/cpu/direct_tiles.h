@@ -2,8 +2,6 @@
 // One tile loads X + V - 1 pixels and V taps for X * V multiply-adds, so loads stay far below arithmetic.
 #pragma once
 
-#include "row_products.h"
-
 namespace lkconv::cpu::LKCONV_ISA {
 
 constexpr int kRegisters = LKCONV_VECTOR_REGISTERS;
@@ -44,41 +42,34 @@ struct Outputs {
   Vec<T> initial;
 };
 
-// a[i] += sum over v < V of held[v] * in[i + v], for one step over rows. The first kLeft and the last kRight of
-// the X + V - 1 values slid over are zeros, which are left out.
-template <class Product, class T, int X, int V, int kLeft, int kRight>
-LKCONV_INLINE void add_row(Vec<T> (&a)[X], const T* in, int64_t pixel, const T* held) {
-  constexpr int L = kLanes<T>;
-  Vec<T> k[V];
-#pragma GCC unroll 16
-  for (int v = 0; v < V; ++v) k[v] = Product::value(load(held + v * L));
-  in += kLeft * pixel;
-#pragma GCC unroll 32
-  for (int j = kLeft; j < X + V - 1 - kRight; ++j, in += pixel) {
-    Vec<T> p = Product::value(load(in));
-    if (V > 1) keep(p);
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v)
-      if (j - v >= 0 && j - v < X) Product::add(a[j - v], k[v], p);
-  }
-}
-
 // out[i] (+)= sum over u < rows, v < V of fixed[u][v] * sliding[u][i + v]; assigns when kAssign, and writes
 // the outputs in reverse order when kReverse. A convolution slides over pixels and holds taps; the dense form
-// below slides over taps and holds pixels. kLeft and kRight: see add_row.
+// below slides over taps and holds pixels.
+// The first kLeft and the last kRight of the X + V - 1 values slid over are zeros, which are left out.
 template <class T, int X, int V, bool kAssign, bool kReverse, int kLeft = 0, int kRight = 0, class Sliding,
           class Fixed>
 LKCONV_INLINE void tile_unit(const Outputs<T>& out, const Sliding& sliding, const Fixed& fixed,
                              int64_t rows) {
+  constexpr int L = kLanes<T>;
   Vec<T> a[X];
 #pragma GCC unroll 16
   for (int i = 0; i < X; ++i)
     a[i] = kAssign ? out.initial : load(out.at + (kReverse ? X - 1 - i : i) * out.step);
-  int64_t u = 0;
-  for (; u + kRowsTogether <= rows; u += kRowsTogether)
-    add_row<Rows, T, X, V, kLeft, kRight>(a, sliding.row(u), sliding.pixel(), fixed.row(u));
-  if (kRowsTogether > 1 && u < rows)
-    add_row<LastRow, T, X, V, kLeft, kRight>(a, sliding.row(u), sliding.pixel(), fixed.row(u));
+  for (int64_t u = 0; u < rows; ++u) {
+    const int64_t pixel = sliding.pixel();
+    const T *in = sliding.row(u) + kLeft * pixel, *held = fixed.row(u);
+    Vec<T> k[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) k[v] = load(held + v * L);
+#pragma GCC unroll 32
+    for (int j = kLeft; j < X + V - 1 - kRight; ++j, in += pixel) {
+      Vec<T> p = load(in);
+      if (V > 1) keep(p);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v)
+        if (j - v >= 0 && j - v < X) a[j - v] += k[v] * p;
+    }
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < X; ++i) store(out.at + (kReverse ? X - 1 - i : i) * out.step, a[i]);
 }

@@ -46,7 +46,6 @@ inline constexpr Kernels kKernels = {
     nullptr,
     nullptr,
     nullptr,
-    nullptr,
     merge_kernels<float>,
     merge_kernels<double>,
     merge_kernels_backward<float>,

@@ -7,7 +7,6 @@
 #include <limits>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,7 +14,6 @@
 
 #include "half.h"
 #include "kernels.h"
-#include "planar_plan.h"
 
 namespace lkconv::cpu {
 const Kernels* kernels_avx512();
@@ -34,16 +32,13 @@ const Kernels* kernels_avx512();
 #include "lanes_io.h"
 #include "direct.h"
 #include "direct_weight.h"
-#include "planar.h"
-#include "planar_in_place_task.h"
 #pragma GCC pop_options
 
 namespace lkconv::cpu {
 const Kernels* kernels_avx512_bf16() {
   static const Kernels kernels = [] {
     Kernels k = *kernels_avx512();
-    k.forward_direct_pairs = avx512_row_pairs::forward_direct<float>;
-    k.forward_pixels_pairs = avx512_row_pairs::forward_pixels;
+    k.forward_direct_pairs = avx512_row_pairs::forward_in_place<avx512_row_pairs::bf16>;
     k.weight_direct_pairs = avx512_row_pairs::weight_direct<float>;
     return k;
   }();

@@ -32,15 +32,16 @@ constexpr int64_t kAtenFarBytes = 6 << 20;
 constexpr double kLeastFftProducts = 16;  // a transform's rounding errors exceed those of so short a sum
 constexpr int64_t kBatchPixels = 224;     // outputs computed between loading and storing
 // Operations on a vector of bfloat16 read in place; columns of taps split each pixel once.
-constexpr double kPlanesPixel[2] = {8, 22};  // half a vector of bfloat16 transposed; in backward_weight
+constexpr double kPlanesPixel[2] = {6, 22};  // half a vector of bfloat16 transposed; in backward_weight
 constexpr double kPairedWideTap = 0.8;
 constexpr double kPairPixel = 4;  // one vector of pixels to one of pairs with the row below
 constexpr double kSplitPixel = 2.5, kSplitColumn = 1, kRoundSums = 14;
 // Pixels this far apart share one set of a first-level cache, which holds fewer than a block of outputs
 // reads: each tap costs so many times as much, in the passes that write a tensor and in backward_weight.
-constexpr int64_t kLineBytes = 64, kNearSets = 64, kNearWays = 8, kManyTaps = 49;
+constexpr int64_t kLineBytes = 64, kNearSets = 64, kNearWays = 8, kFewTaps = 16, kManyTaps = 49;
 constexpr int64_t kGatheredBytes = 64 << 10;  // of a group's pixels that are copied
-constexpr int64_t kPlanesBytes = 256 << 10;  // of the input's and the output's planes of a group
+// Of the input's and the output's planes of a group; in backward_weight.
+constexpr int64_t kPlanesBytes[2] = {64 << 10, 128 << 10};
 constexpr int64_t kAliasedBytes = 4096;
 constexpr double kAliasedTap[2] = {1.5, 4.5};
 
@@ -155,8 +156,9 @@ void choose_weight_span(const Geometry& g, const Machine& m, Plan& p) {
 // across two lines; but not images that leave a first-level cache anyway.
 bool gathers_pixels(const Geometry& g, int64_t bytes, int64_t element) {
   if (g.height * g.width * bytes > kGatheredBytes) return false;
-  const int64_t apart = g.channels * element;
-  if (apart % kLineBytes) return g.kernel_h * g.kernel_w >= kManyTaps;
+  const int64_t apart = g.channels * element, taps = g.kernel_h * g.kernel_w;
+  if (taps < kFewTaps) return false;
+  if (apart % kLineBytes) return taps >= kManyTaps;
   const int64_t sets = kNearSets / std::gcd(apart / kLineBytes, kNearSets);
   return std::min(g.kernel_h, g.height) * g.width > sets * kNearWays;
 }
@@ -169,11 +171,17 @@ int64_t parts_in_place(DType dtype, const Machine& m) {
 }
 
 // What a plan in place copies first, for groups of pixels of `bytes` each: contiguous planes of bfloat16 as long
-// as they stay in a core's own cache.
-std::optional<Gather> gather_for(const Geometry& g, const Machine& m, int64_t bytes, int64_t element) {
-  if (g.adjacent) return gathers_pixels(g, bytes, element) ? Gather::pixels : Gather::none;
+// as they stay near, pixels where products are of two rows at once. (Rows of floats gained nothing by a copy,
+// nor did weight gradients.)
+std::optional<Gather> gather_for(Pass pass, const Geometry& g, const Machine& m, int64_t bytes,
+                                 int64_t element) {
+  if (g.adjacent) {
+    const bool gathers = pass != Pass::backward_weight && element == 2 && m.bf16_pairs;
+    return gathers && gathers_pixels(g, bytes, element) ? Gather::pixels : Gather::none;
+  }
   const int64_t pixels = g.height * g.width + g.out_height * g.out_width;
-  if (element == 2 && g.rows && m.isa >= Isa::avx512 && pixels * bytes <= kPlanesBytes) return Gather::planes;
+  const bool planes = element == 2 && g.rows && m.isa >= Isa::avx512 && g.stride_h == 1 && g.stride_w == 1;
+  if (planes && pixels * bytes <= kPlanesBytes[pass == Pass::backward_weight]) return Gather::planes;
   return std::nullopt;
 }
 
@@ -190,7 +198,7 @@ int64_t span_without_lone_group(int64_t groups, int64_t span) {
 void choose_in_place(Pass pass, const Geometry& g, int64_t reduce, const Machine& m, int64_t parts, Plan& p) {
   const int64_t vector = p.lanes * int64_t(sizeof(float)), taps = g.kernel_h * g.kernel_w;
   const int64_t bytes = vector / parts, element = int64_t(sizeof(float)) / parts;
-  const std::optional<Gather> gather = gather_for(g, m, bytes, element);
+  const std::optional<Gather> gather = gather_for(pass, g, m, bytes, element);
   if (!gather || reduce != 1 || g.phases != 1 || g.channels < p.lanes) return;
   if (!(pass == Pass::backward_weight ? odd_rows(g) : rows_in_place(g))) return;
   p.gather = *gather;
@@ -249,7 +257,10 @@ double column_pairs(Pass pass, const Geometry& g, bool in_place) {
                      g.pad_w >= g.out_width - 1 && g.width - 1 + g.pad_w < g.kernel_w;
   if (dense) return double(g.width * g.out_width);
   const double edges = known_halo(g) ? double(g.pad_w * (g.pad_w + 1)) : 0;
-  return double(g.out_width * std::min(g.kernel_w, (g.width + 13) / g.dil_w + 1)) - edges;
+  // Those that no output of a block meets are left out.
+  const int64_t met = pass == Pass::backward_weight ? g.kernel_w
+                                                    : std::min(g.kernel_w, (g.width + 13) / g.dil_w + 1);
+  return double(g.out_width * met) - edges;
 }
 
 bool aliased(const Geometry& g, DType dtype) { return g.channels * dtype_size(dtype) % kAliasedBytes == 0; }
@@ -304,15 +315,22 @@ void estimate_direct(Pass pass, const Geometry& g, int64_t reduce, DType dtype, 
   p.cycles += c.tap * (vectors + outputs * (split * double(g.kernel_h) + round));
 }
 
+// Whether backward_weight may multiply two rows at once of what it copies to windows. (The other passes gained
+// nothing there.)
+bool pairs_in_windows(const Geometry& g, DType dtype, const Machine& m) {
+  return m.bf16_pairs && dtype == DType::bf16 && g.kernel_h > 1 && g.stride_h == 1 && g.stride_w == 1 &&
+         g.dil_h == 1 && g.dil_w == 1;
+}
+
 // How a direct plan reads its tensors.
-enum class Reading { windows, pairs_of_rows, in_place };
+enum class Reading { windows, paired_windows, in_place };
 
 // The plan that reads so, or, where tensors cannot be read in place, the one with windows.
 Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
                  Reading reading) {
   const int64_t parts = reading == Reading::in_place ? parts_in_place(dtype, m) : 0;
   Plan p;
-  p.paired = reading == Reading::pairs_of_rows;
+  p.paired = reading == Reading::paired_windows;
   p.algorithm = Algorithm::direct;
   p.isa = m.isa;
   const bool wide = dtype == DType::f64;
@@ -333,7 +351,7 @@ Plan direct_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, cons
     if (p.cycles < best.cycles) best = p;
   };
   if (best.in_place && best.gather == Gather::none && aliased(g, dtype)) consider(Reading::windows);
-  if (pass == Pass::backward_weight && pairs_of_rows(g, reduce, dtype, m)) consider(Reading::pairs_of_rows);
+  if (pass == Pass::backward_weight && pairs_in_windows(g, dtype, m)) consider(Reading::paired_windows);
   return best;
 }
 

@@ -32,12 +32,6 @@ const char* algorithm_name(Algorithm a);
 std::vector<Candidate> plan_depthwise_conv2d(Pass pass, const Geometry& g, int64_t reduce, DType dtype,
                                              const Machine& machine, const Switches& switches);
 
-// Whether kernels multiply two rows of bfloat16 at once (row_products.h), as far as the problem goes.
-inline bool pairs_of_rows(const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
-  return m.bf16_pairs && dtype == DType::bf16 && reduce == 1 && g.phases == 1 && g.kernel_h > 1 &&
-         g.stride_h == 1 && g.stride_w == 1 && g.dil_h == 1 && g.dil_w == 1;
-}
-
 // Only the chosen plan, without composing reasons.
 Plan choose_depthwise_conv2d(Pass pass, const Geometry& g, int64_t reduce, DType dtype,
                              const Machine& machine, const Switches& switches);

@@ -29,7 +29,7 @@ struct Plan {
   int64_t block = 0;               // planar: which of kPlanarBlocks; direct: outputs per block, if in place
   bool in_place = false;           // direct, planar: tensors are read where they are
   Gather gather = Gather::none;    // direct in place: what is copied first
-  bool paired = false;             // direct, planar: products are of two rows of bfloat16 (row_products.h)
+  bool paired = false;             // direct: products are of two rows of bfloat16 at once (row_products.h)
   int64_t swept = 0;               // planar in place: vectors of columns summed row after row, 0: in blocks
   int64_t images = 1;  // summed together: toeplitz: in a task (forward) or chunk; planar: in backward_weight
   int64_t fft_h = 0, fft_w = 0;  // fft: transform lengths
@@ -62,7 +62,7 @@ inline int64_t channel_groups(int64_t channels, const Plan& plan) { return ceil_
 // Input rows that a batch of output rows of a direct tile reads.
 inline int64_t direct_ring_rows(const Geometry& g, const Plan& plan) {
   const int64_t halo = (g.kernel_h > 0 ? g.kernel_h - 1 : 0) * g.dil_h + 1;
-  const int64_t rows = (plan.batch_rows - 1) * g.stride_h + halo + plan.paired;
+  const int64_t rows = (plan.batch_rows - 1) * g.stride_h + halo;
   return rows < g.height ? rows : g.height > 0 ? g.height : 1;
 }
 

@@ -53,17 +53,14 @@ using LastRow = FirstRow;
 // which two a cycle begin.
 constexpr int chains(int outputs) { return outputs <= 8 ? 2 : 1; }
 
-// Makes pairs of a row of converted bfloat16 and the row below it, or none.
-LKCONV_INLINE void pair_row(float* row, const float* below, int64_t vectors) {
-  for (int64_t i = 0; i < vectors * kLanesF; i += kLanesF) {
-    const VU32 first = (VU32)load(row + i) >> 16;
-    store(row + i, (VF)(below ? first | (VU32)load(below + i) : first));
-  }
-}
-// The same for `rows` rows, `step` floats apart.
+// Makes pairs of rows of converted bfloat16, `step` floats apart: each of itself and the row below, the last
+// one of itself and zeros.
 LKCONV_INLINE void pair_rows(float* row, int64_t step, int64_t rows, int64_t vectors) {
   for (int64_t y = 0; y < rows; ++y, row += step)
-    pair_row(row, y + 1 < rows ? row + step : nullptr, vectors);
+    for (int64_t i = 0; i < vectors * kLanesF; i += kLanesF) {
+      const VU32 first = (VU32)load(row + i) >> 16;
+      store(row + i, (VF)(y + 1 < rows ? first | (VU32)load(row + step + i) : first));
+    }
 }
 
 #else
