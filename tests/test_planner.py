@@ -329,14 +329,15 @@ def test_pixels_in_one_cache_set_are_copied():
 
 
 @all_passes
-def test_planes_of_bfloat16_are_transposed_for_kernels_in_place(pass_name):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_planes_are_transposed_for_kernels_in_place(dtype, pass_name):
     def copied(kernel=(7, 7), side=14, channels=96, **options):
-        options = {"dtype": "bfloat16", "isa": "avx512", **options}
+        options = {"dtype": dtype, "isa": "avx512", **options}
         return of("direct", candidates(pass_name, (8, channels, side, side), kernel, **options))["copied"]
 
     assert copied() == copied((3, 3), 16) == copied(channels=499) == "planes"
     assert not copied(side=40), "their copies would not stay near"
-    assert not copied(channels=24) and not copied(dtype="float32") and not copied(isa="avx2")
+    assert not copied(channels=12) and not copied(dtype="float16") and not copied(isa="avx2")
     assert not copied(stride=(2, 2), padding=(3, 3))
     assert bool(copied((13, 13))) == (pass_name != "backward_weight")
     assert bool(copied(multiplier=2)) == (pass_name != "backward_input")

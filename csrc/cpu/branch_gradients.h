@@ -102,8 +102,8 @@ void branch_kernel_gradient(const NormalisedBranchesProblem& p, const BranchGrad
     if (u1 <= u0) continue;
     const T* dz = s.gradient_at(y - z0);
     const T* x = s.input.base + (top + u0 * g.dil_h - in.iy0) * s.input.row + (-g.pad_w - in.ix0) * L;
-    correlate<OneRow>(sums + u0 * g.kernel_w * L, g.kernel_w * L, dz, x, s.input.row * g.dil_h, u1 - u0, g.kernel_w,
-              match);
+    correlate<OneRow>(sums + u0 * g.kernel_w * L, g.kernel_w * L, dz, x, s.input.row * g.dil_h, u1 - u0,
+                      g.kernel_w, match);
   }
 }
 

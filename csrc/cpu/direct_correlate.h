@@ -109,7 +109,8 @@ LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, Pixels grad, Pixels i
   }
   for (; kHalo && x < P && x < n; ++x)
     correlate_pixel<Product, T>(a, grad + x * dg, in + x * di, in_row, P - x, n + P - x, steps);
-  for (; x + B + P <= n; x += B) correlate_block<Product, T, B, 0, 0>(a, grad + x * dg, in + x * di, in_row, steps);
+  for (; x + B + P <= n; x += B)
+    correlate_block<Product, T, B, 0, 0>(a, grad + x * dg, in + x * di, in_row, steps);
   if (kHalo && x > 0 && x + B == n) {
     correlate_block<Product, T, B, 0, P>(a, grad + x * dg, in + x * di, in_row, steps);
     x = n;
@@ -184,7 +185,8 @@ void correlate_rows(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t
   int64_t u = 0;
   for (; u + U <= rows; u += U)
     correlate_some<Product, T, U, V>(acc + u * acc_row, acc_row, grad, in + u * in_row, in_row, m);
-  for (; u < rows; ++u) correlate_some<Product, T, 1, V>(acc + u * acc_row, acc_row, grad, in + u * in_row, in_row, m);
+  for (; u < rows; ++u)
+    correlate_some<Product, T, 1, V>(acc + u * acc_row, acc_row, grad, in + u * in_row, in_row, m);
 }
 
 // All taps of kernel rows [0, rows) against one row of grad_output, or against two.
@@ -217,8 +219,9 @@ void correlate(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_r
   }
 }
 
-// add(product, y, u0, u1) for rows [y0, y1) of grad_output and the kernel rows that meet the image there; where
-// products are of two rows at once, for row y and the one below it, and then for what only one of them meets.
+// add(product, y, u0, u1) for rows [y0, y1) of grad_output and the kernel rows that meet the image there;
+// where products are of two rows at once, for row y and the one below it, and then for what only one of them
+// meets.
 template <class Add>
 LKCONV_INLINE void for_steps_over_rows(const Geometry& p, int64_t y0, int64_t y1, Add&& add) {
   struct Taps {

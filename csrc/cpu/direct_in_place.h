@@ -45,19 +45,20 @@ class InPlaceCopies {
   int64_t elements() const { return plan_.span * (in_ + out_); }
   void use(T* scratch) { scratch_ = scratch; }
 
-  // Rows [y0, y1) of output of the groups of a span, which begin at channels c[g]: their pixels are fetched ...
+  // Rows [y0, y1) of output of the groups of a span, which begin at channels c[g]: their pixels are fetched
+  // ...
   void fetch(InPlaceSpan<T>& s, const int64_t* c, int64_t n, int64_t tile) const {
     if (plan_.gather == Gather::none) return;
     const DirectTile t = direct_tile(p_, plan_, tile, 0);
     for (int64_t g = 0; g < s.count; ++g) {
       T* copy = scratch_ + g * (in_ + out_);
       T* to = copy + t.iy0 * seen_.input.stride_h;
-      if (plan_.gather == Gather::pixels)
-        gather_pixels(to, s.input[g], p_.input, p_.width, t.iy0, t.iy1);
+      if (plan_.gather == Gather::pixels) gather_pixels(to, s.input[g], p_.input, p_.width, t.iy0, t.iy1);
 #if LKCONV_AVX512
-      else if constexpr (std::is_same_v<T, bf16>)
-        gather_planes(to, p_.input, n, [&](int64_t i) { return p_.input_channel(c[g] + i, 0); }, p_.width,
-                      t.iy0, t.iy1);
+      else
+        gather_planes(
+            to, p_.input, n, [&](int64_t i) { return p_.input_channel(c[g] + i, 0); }, p_.width, t.iy0,
+            t.iy1);
 #endif
       s.input[g] = copy;
       if (plan_.gather == Gather::planes) s.output[g] = copy + in_;
@@ -66,9 +67,8 @@ class InPlaceCopies {
   // ... and their sums brought back.
   void store(const InPlaceSpan<T>& s, const int64_t* c, int64_t n, int64_t y0, int64_t y1) const {
 #if LKCONV_AVX512
-    if constexpr (std::is_same_v<T, bf16>)
-      for (int64_t g = 0; g < s.count && plan_.gather == Gather::planes; ++g)
-        scatter_planes(s.output[g] + y0 * seen_.output.stride_h, p_.output, n, c[g], p_.out_width, y0, y1);
+    for (int64_t g = 0; g < s.count && plan_.gather == Gather::planes; ++g)
+      scatter_planes<T>(s.output[g] + y0 * seen_.output.stride_h, p_.output, n, c[g], p_.out_width, y0, y1);
 #endif
   }
 

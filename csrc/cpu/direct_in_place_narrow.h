@@ -4,8 +4,9 @@
 
 namespace lkconv::cpu::LKCONV_ISA {
 
-// a[i] += sum over v < V of taps[u][v] * pixels[u][S i + v] for one part, as in add_row: a vector of pixels is
-// loaded once for all taps of a row. The first kLeft and the last kRight pixels are halo, which is not read.
+// a[i] += sum over v < V of taps[u][v] * pixels[u][S i + v] for one part, as in add_row: a vector of pixels
+// is loaded once for all taps of a row. The first kLeft and the last kRight pixels are halo, which is not
+// read.
 template <class Product, int kPart, int V, int S, int kLeft, int kRight, class T, int X>
 LKCONV_INLINE void add_row_in_place(Vec<float> (&a)[chains(X)][X], const TensorRows<T>& pixels, int64_t u,
                                     const InPlaceTaps& taps) {
@@ -41,6 +42,23 @@ LKCONV_INLINE void in_place_sums(Vec<float> (&a)[X], const TensorRows<T>& pixels
   for (int i = 0; i < X; ++i) a[i] = chains(X) > 1 ? sums[0][i] + sums[chains(X) - 1][i] : sums[0][i];
 }
 
+// The same for one column of taps and both parts of bfloat16, which then share the loads of pixels.
+template <class Product, int S, class T, int X>
+LKCONV_INLINE void add_row_of_column(Vec<float> (&a)[2][X], const TensorRows<T>& pixels, int64_t u,
+                                     const InPlaceTaps& taps) {
+  const T *in = pixels.row(u), *below = pixels.row(u + 1);
+  asm("" : "+r"(in), "+r"(below));
+  const float* held = taps.base + u * taps.row;
+  const Vec<float> k[2] = {Product::value(load(held)), Product::value(load(held + taps.part))};
+#pragma GCC unroll 16
+  for (int i = 0; i < X; ++i, in += S * pixels.step, below += S * pixels.step) {
+    Vec<float> p[2];
+    take_pixels<Product>(p, in, below);
+#pragma GCC unroll 2
+    for (int q = 0; q < 2; ++q) Product::add(a[q][i], k[q], p[q]);
+  }
+}
+
 // out[i] = sum over u < rows of add_row_in_place.
 template <class T, int X, int V, int S, int kLeft, int kRight>
 LKCONV_INLINE void in_place_tile(const InPlaceOutputs<T>& out, const TensorRows<T>& pixels,
@@ -51,8 +69,14 @@ LKCONV_INLINE void in_place_tile(const InPlaceOutputs<T>& out, const TensorRows<
   for (int q = 0; q < P; ++q)
 #pragma GCC unroll 16
     for (int i = 0; i < X; ++i) a[q][i] = out.initial[q];
-  in_place_sums<0, V, S, kLeft, kRight>(a[0], pixels, taps, rows);
-  if constexpr (P == 2) in_place_sums<1, V, S, kLeft, kRight>(a[1], pixels, taps, rows);
+  if constexpr (V == 1 && P == 2) {
+    int64_t u = 0;
+    for (; u + kRowsTogether <= rows; u += kRowsTogether) add_row_of_column<Rows, S>(a, pixels, u, taps);
+    if (kRowsTogether > 1 && u < rows) add_row_of_column<LastRow, S>(a, pixels, u, taps);
+  } else {
+    in_place_sums<0, V, S, kLeft, kRight>(a[0], pixels, taps, rows);
+    if constexpr (P == 2) in_place_sums<1, V, S, kLeft, kRight>(a[1], pixels, taps, rows);
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < X; ++i) {
     Vec<float> parts[P];

@@ -25,7 +25,8 @@ LKCONV_INLINE void add_columns(Vec<float> (&a)[chains(X)][X], WidePixels<T> in, 
   const auto pixel = [&](int64_t j) __attribute__((always_inline)) {
     return take_part<Product, kPart>(in.row + j * in.step, in.below + j * in.step);
   };
-  const auto tap = [&](int64_t v) __attribute__((always_inline)) { return Product::value(load(taps + v * L)); };
+  const auto tap = [&](int64_t v)
+                       __attribute__((always_inline)) { return Product::value(load(taps + v * L)); };
   Vec<float> held[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
@@ -53,7 +54,8 @@ template <bool kHoldPixels, int kPart, class T, int X, int V>
 void wide_columns(float* sums, const TensorRows<T>& pixels, const InPlaceTaps& taps, int64_t rows,
                   uint32_t inside) {
   constexpr int L = kLanes<float>;
-  const auto at = [&](int i) __attribute__((always_inline)) { return sums + (kHoldPixels ? X - 1 - i : i) * L; };
+  const auto at = [&](int i)
+                      __attribute__((always_inline)) { return sums + (kHoldPixels ? X - 1 - i : i) * L; };
   Vec<float> a[chains(X)][X] = {};
 #pragma GCC unroll 16
   for (int i = 0; i < X; ++i) a[0][i] = load(at(i));
@@ -71,7 +73,7 @@ void wide_columns(float* sums, const TensorRows<T>& pixels, const InPlaceTaps& t
 
 // The kernels of each part for 1, 2, ... columns.
 template <class T>
-using WideParts = WideColumns<T>* [kFloatParts<T>];
+using WideParts = WideColumns<T> * [kFloatParts<T>];
 template <bool kHoldPixels, class T, int X, int... V>
 LKCONV_INLINE const WideParts<T>& wide_parts(int64_t columns, std::integer_sequence<int, V...>) {
   if constexpr (kFloatParts<T> == 1) {
@@ -119,7 +121,8 @@ LKCONV_INLINE void wide_tile(const InPlaceOutputs<T>& out, TensorRows<T> pixels,
                     last = std::clamp<int64_t>(end - k, first, X + v - 1);
       if (first < last)
         add_wide<false, T, X>(sums, {pixels.base + k * pixels.step, pixels.row_step, pixels.step},
-                              {taps.base + k * L, taps.row, taps.part}, rows, v, (1u << last) - (1u << first));
+                              {taps.base + k * L, taps.row, taps.part}, rows, v,
+                              (1u << last) - (1u << first));
     }
   }
   for (int i = 0; i < X; ++i) {

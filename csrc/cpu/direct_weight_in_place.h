@@ -105,11 +105,11 @@ void correlate_rows_in_place(float* acc, const RowPair<Pixels>& r) {
     return;
   }
   for (; u + U <= r.rows; u += U)
-    correlate_unit<ProductOf<Pixels>, float, U, V, kHalo>(acc + u * V * L, V * L, r.grad, r.in + u * r.in_row, r.in_row, r.n,
-                                       r.steps);
+    correlate_unit<ProductOf<Pixels>, float, U, V, kHalo>(acc + u * V * L, V * L, r.grad, r.in + u * r.in_row,
+                                                          r.in_row, r.n, r.steps);
   for (; u < r.rows; ++u)
-    correlate_unit<ProductOf<Pixels>, float, 1, V, kHalo>(acc + u * V * L, V * L, r.grad, r.in + u * r.in_row, r.in_row, r.n,
-                                       r.steps);
+    correlate_unit<ProductOf<Pixels>, float, 1, V, kHalo>(acc + u * V * L, V * L, r.grad, r.in + u * r.in_row,
+                                                          r.in_row, r.n, r.steps);
 }
 
 template <class Pixels>
@@ -190,7 +190,7 @@ void correlate_image_gathered(const WeightProblem& p, const Plan& plan, float* s
     if (plan.gather == Gather::pixels)
       gather_pixels(copies, element<const T>(t, n, c, 0), t, width, 0, height);
 #if LKCONV_AVX512
-    else if constexpr (std::is_same_v<T, bf16>)
+    else
       gather_planes(copies, t, n, channel, width, 0, height);
 #endif
     t.data = copies, t.stride_n = 0, t.stride_c = 1, t.stride_w = L, t.stride_h = L * width;
@@ -208,8 +208,7 @@ void weight_in_place_of(const WeightProblem& p, const Plan& plan, float* partial
   constexpr int64_t L = kElements<T>;
   const int64_t taps = p.kernel_h * p.kernel_w, groups = channel_groups(p.channels, plan);
   const bool gathered = plan.gather != Gather::none;
-  const int64_t pixels =
-      gathered ? p.height * p.width + p.out_height * p.out_width + 2 * kSlackPixels : 0;
+  const int64_t pixels = gathered ? p.height * p.width + p.out_height * p.out_width + 2 * kSlackPixels : 0;
   float* image = thread_scratch<float>(taps * L * plan.span + pixels * kLanes<float>);
   T* copies = reinterpret_cast<T*>(image + taps * L * plan.span);
   const bool request = requests_rows(p, p.input.dtype);

@@ -250,8 +250,8 @@ void correlate_window(T* sum, const Window<T>& grad, const Window<T>& in, int64_
   for (int64_t y = y0; y < y1; ++y) {
     const auto part = in.inside(y - r, kernel);
     correlate<OneRow>(sum + part.begin * kernel * L, kernel * L, grad.at(group, y, 0),
-                 in.at(group, y - r + part.begin, -r), in.row_size(), part.end - part.begin, kernel,
-                 {in.width, 1, 1, true});
+                      in.at(group, y - r + part.begin, -r), in.row_size(), part.end - part.begin, kernel,
+                      {in.width, 1, 1, true});
   }
 }
 

@@ -49,7 +49,8 @@ struct Kernels {
   void (*weight_toeplitz)(const WeightProblem&, const Plan&, float* partial, int64_t task0, int64_t task1);
   // bfloat16 whose products are of two rows at once (row_products.h); null where there are no such products.
   void (*forward_direct_pairs)(const ForwardProblem&, const Plan&, int64_t task0, int64_t task1);
-  void (*weight_direct_pairs)(const WeightProblem&, const Plan&, float* partial, int64_t task0, int64_t task1);
+  void (*weight_direct_pairs)(const WeightProblem&, const Plan&, float* partial, int64_t task0,
+                              int64_t task1);
   // The fold of branch kernels and its adjoint, over a range of channels.
   void (*merge_f32)(const MergeProblem&, int64_t channel0, int64_t channel1);
   void (*merge_f64)(const MergeProblem&, int64_t channel0, int64_t channel1);

@@ -1,6 +1,6 @@
-// The kernels for avx512 with AVX512-BF16: those of avx512, and sums of bfloat16 whose products are of two rows
-// at once (row_products.h).
-// Standard headers come before the target region, so that no instruction of it leaks into shared inlines.
+// The kernels for avx512 with AVX512-BF16: those of avx512, and sums of bfloat16 whose products are of two
+// rows at once (row_products.h). Standard headers come before the target region, so that no instruction of it
+// leaks into shared inlines.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>

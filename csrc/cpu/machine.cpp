@@ -117,7 +117,11 @@ Isa active_isa() {
 Machine machine_for(Isa isa, int64_t threads) {
   const Kernels* k = kernels_for(isa);
   if (!k) throw std::invalid_argument(std::string("this build has no kernels for ") + isa_name(isa));
-  return {isa,          threads, k->lanes_f32, k->lanes_f64, k->vector_registers >= 32,
+  return {isa,
+          threads,
+          k->lanes_f32,
+          k->lanes_f64,
+          k->vector_registers >= 32,
           k->forward_direct_pairs != nullptr};
 }
 

@@ -32,7 +32,8 @@ constexpr int64_t kAtenFarBytes = 6 << 20;
 constexpr double kLeastFftProducts = 16;  // a transform's rounding errors exceed those of so short a sum
 constexpr int64_t kBatchPixels = 224;     // outputs computed between loading and storing
 // Operations on a vector of bfloat16 read in place; columns of taps split each pixel once.
-constexpr double kPlanesPixel[2] = {6, 22};  // half a vector of bfloat16 transposed; in backward_weight
+constexpr double kPlanesPixel[2] = {14, 6};  // a pixel of a transposed group of floats, and of bfloat16 ...
+constexpr double kPlanesWeightPixel = 22;    // ... and for backward_weight
 constexpr double kPairedWideTap = 0.8;
 constexpr double kPairPixel = 4;  // one vector of pixels to one of pairs with the row below
 constexpr double kSplitPixel = 2.5, kSplitColumn = 1, kRoundSums = 14;
@@ -151,9 +152,9 @@ void choose_weight_span(const Geometry& g, const Machine& m, Plan& p) {
   p.span = even_part(groups, std::clamp<int64_t>(most, 1, std::min(groups, kMaxWeightSpan)));
 }
 
-// Whether a group's pixels, `bytes` each, are copied next to each other before they are read in place: where a
-// kernel's rows are more lines than the sets hold that they fall in, or where many taps read pixels that lie
-// across two lines; but not images that leave a first-level cache anyway.
+// Whether a group's pixels, `bytes` each, are copied next to each other before they are read in place: where
+// a kernel's rows are more lines than the sets hold that they fall in, or where many taps read pixels that
+// lie across two lines; but not images that leave a first-level cache anyway.
 bool gathers_pixels(const Geometry& g, int64_t bytes, int64_t element) {
   if (g.height * g.width * bytes > kGatheredBytes) return false;
   const int64_t apart = g.channels * element, taps = g.kernel_h * g.kernel_w;
@@ -170,8 +171,8 @@ int64_t parts_in_place(DType dtype, const Machine& m) {
   return dtype == DType::bf16 && m.many_registers ? 2 : 0;
 }
 
-// What a plan in place copies first, for groups of pixels of `bytes` each: contiguous planes of bfloat16 as long
-// as they stay near, pixels where products are of two rows at once. (Rows of floats gained nothing by a copy,
+// What a plan in place copies first, for groups of pixels of `bytes` each: contiguous planes as long as they
+// stay near, pixels where products are of two rows at once. (Rows of floats gained nothing by a copy,
 // nor did weight gradients.)
 std::optional<Gather> gather_for(Pass pass, const Geometry& g, const Machine& m, int64_t bytes,
                                  int64_t element) {
@@ -180,7 +181,7 @@ std::optional<Gather> gather_for(Pass pass, const Geometry& g, const Machine& m,
     return gathers && gathers_pixels(g, bytes, element) ? Gather::pixels : Gather::none;
   }
   const int64_t pixels = g.height * g.width + g.out_height * g.out_width;
-  const bool planes = element == 2 && g.rows && m.isa >= Isa::avx512 && g.stride_h == 1 && g.stride_w == 1;
+  const bool planes = g.rows && m.isa >= Isa::avx512 && g.stride_h == 1 && g.stride_w == 1;
   if (planes && pixels * bytes <= kPlanesBytes[pass == Pass::backward_weight]) return Gather::planes;
   return std::nullopt;
 }
@@ -258,8 +259,8 @@ double column_pairs(Pass pass, const Geometry& g, bool in_place) {
   if (dense) return double(g.width * g.out_width);
   const double edges = known_halo(g) ? double(g.pad_w * (g.pad_w + 1)) : 0;
   // Those that no output of a block meets are left out.
-  const int64_t met = pass == Pass::backward_weight ? g.kernel_w
-                                                    : std::min(g.kernel_w, (g.width + 13) / g.dil_w + 1);
+  const int64_t met =
+      pass == Pass::backward_weight ? g.kernel_w : std::min(g.kernel_w, (g.width + 13) / g.dil_w + 1);
   return double(g.out_width * met) - edges;
 }
 
@@ -295,15 +296,17 @@ void estimate_direct(Pass pass, const Geometry& g, int64_t reduce, DType dtype, 
       double(in_bounds_pairs(g.width, g.out_width, g.kernel_w, g.stride_w, g.pad_w, g.dil_w));
   const int64_t groups = channel_groups(g.channels, p);
   const double images = double(groups * g.batch), outputs = double(g.out_height * g.out_width) * images;
-  const double vectors =
-      row_steps(g, p.paired) * column_pairs(pass, g, p.in_place) * double(reduce) * images;
+  const double vectors = row_steps(g, p.paired) * column_pairs(pass, g, p.in_place) * double(reduce) * images;
   const double pixels = double(g.height * g.width * reduce) * images + outputs;
   p.flops = 2 * rows * columns * double(reduce) * double(g.batch * g.channels);
   const Costs& c = costs_on(m);
-  const double move = p.gather == Gather::planes ? kPlanesPixel[pass == Pass::backward_weight]
+  const double planes = pass == Pass::backward_weight ? kPlanesWeightPixel : kPlanesPixel[parts == 2];
+  const double move = p.gather == Gather::planes ? planes
                       : p.in_place               ? c.in_place_move
-                      : (g.phases > 1 ? c.phase_move : c.move)[!g.adjacent];
-  const double conflicts = p.in_place && p.gather == Gather::none && aliased(g, dtype) ? kAliasedTap[pass == Pass::backward_weight] : 1;
+                                                 : (g.phases > 1 ? c.phase_move : c.move)[!g.adjacent];
+  const double conflicts = p.in_place && p.gather == Gather::none && aliased(g, dtype)
+                               ? kAliasedTap[pass == Pass::backward_weight]
+                               : 1;
   p.cycles = vectors * conflicts * cycles_of_tap(pass, g, p.in_place, p.paired, c) + move * pixels +
              double(groups * g.kernel_h * g.kernel_w) * c.kernel_tap;
   if (pass == Pass::backward_weight) p.cycles += 0.1 * vectors;
@@ -315,8 +318,8 @@ void estimate_direct(Pass pass, const Geometry& g, int64_t reduce, DType dtype, 
   p.cycles += c.tap * (vectors + outputs * (split * double(g.kernel_h) + round));
 }
 
-// Whether backward_weight may multiply two rows at once of what it copies to windows. (The other passes gained
-// nothing there.)
+// Whether backward_weight may multiply two rows at once of what it copies to windows. (The other passes
+// gained nothing there.)
 bool pairs_in_windows(const Geometry& g, DType dtype, const Machine& m) {
   return m.bf16_pairs && dtype == DType::bf16 && g.kernel_h > 1 && g.stride_h == 1 && g.stride_w == 1 &&
          g.dil_h == 1 && g.dil_w == 1;

@@ -95,9 +95,10 @@ constexpr int64_t kMaxStridedBlock = 8;
 // first and the last may touch the halo; 0: no block size is possible.
 inline int64_t in_place_block(const Geometry& p, bool many_registers, int64_t parts) {
   const bool narrow = narrow_rows(p);
-  const int64_t most = p.stride_w == 2   ? kMaxStridedBlock
-                       : !many_registers ? (narrow ? 8 : 10)
-                                         : 14;
+  const bool both_parts = parts > 1 && p.kernel_w == 1;  // at once
+  const int64_t most = p.stride_w == 2                 ? kMaxStridedBlock
+                       : !many_registers || both_parts ? (narrow ? 8 : 10)
+                                                       : 14;
   const int64_t least = narrow && p.kernel_w > 3 && p.stride_w == 1 ? 4 : narrow ? 2 : 4;
   const int64_t widest = ceil_div(p.out_width, p.dil_w), narrowest = p.out_width / p.dil_w;
   const auto fits = [&](int64_t width, int64_t x) {

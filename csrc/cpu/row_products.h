@@ -1,7 +1,7 @@
-// What a step of a sum over kernel rows multiplies: one row of pixels with one of taps or, where the processor
-// multiplies pairs of bfloat16, two rows at once. Vectors of floats then carry bits: each lane a bfloat16 of
-// one row in its lower half and that of the next row in its upper half, of pixels and taps alike. Subnormal
-// numbers count as zeros there.
+// What a step of a sum over kernel rows multiplies: one row of pixels with one of taps or, where the
+// processor multiplies pairs of bfloat16, two rows at once. Vectors of floats then carry bits: each lane a
+// bfloat16 of one row in its lower half and that of the next row in its upper half, of pixels and taps alike.
+// Subnormal numbers count as zeros there.
 #pragma once
 
 #ifndef LKCONV_ROW_PAIRS
