@@ -57,6 +57,19 @@ inline void clip_taps(int64_t first, int64_t last, int64_t size, int64_t taps, i
   u1 = first >= size ? u0 : std::max(u0, std::min(taps, steps(size - first)));
 }
 
+// Number of (output, tap) pairs on one axis whose input lies inside the image.
+inline int64_t in_bounds_pairs(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad,
+                               int64_t dil) {
+  int64_t pairs = 0;
+  for (int64_t u = 0; u < kernel; ++u) {
+    const int64_t shift = u * dil - pad;  // input index = y * stride + shift
+    const int64_t first = shift >= 0 ? 0 : ceil_div(-shift, stride);
+    const int64_t last = in - 1 - shift < 0 ? -1 : std::min(out - 1, (in - 1 - shift) / stride);
+    pairs += std::max<int64_t>(0, last - first + 1);
+  }
+  return pairs;
+}
+
 // Counts shared by planner, launcher and kernels.
 inline int64_t channel_groups(int64_t channels, const Plan& plan) { return ceil_div(channels, plan.lanes); }
 // Input rows that a batch of output rows of a direct tile reads.

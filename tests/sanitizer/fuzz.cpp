@@ -47,7 +47,8 @@ ConvParams random_params(Random& random) {
   ConvParams p{};
   do {
     p.batch = random.chance(0.03) ? 0 : random(1, 3);
-    p.channels = large ? random(1, 3) : random(1, 20);
+    const bool groups = random.chance(0.3);  // whole and part groups of channels
+    p.channels = large ? random(1, 3) : groups ? random(16, 70) : random(1, 20);
     p.multiplier = random.chance(0.2) ? random(2, 3) : 1;
     p.height = random(1, large ? 48 : 16), p.width = random(1, large ? 48 : 16);
     p.kernel_h = random(1, large ? 33 : 8), p.kernel_w = random(1, large ? 33 : 8);
