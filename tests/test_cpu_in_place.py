@@ -109,7 +109,7 @@ CONTIGUOUS = [
     Case((2, 3, 6, 70), (3, 3), padding=(3, 0), stride=(2, 2)),
     Case((2, 3, 5, 6), (3, 3), padding=(1, 1), stride=(2, 2), multiplier=2),
     Case((8, 96, 28, 28), (3, 3), padding=(1, 1), stride=(2, 2)),
-    # Enough channels for planes of bfloat16 to be transposed: whole and part groups, runs of 32 pixels and less.
+    # Enough channels for planes to be transposed: whole and part groups, runs of 32 pixels and less.
     same((2, 32, 14, 14), (7, 7)),
     same((1, 37, 9, 11), (5, 5)),
     same((2, 65, 8, 20), (13, 13), bias=False),

@@ -338,6 +338,7 @@ def test_planes_are_transposed_for_kernels_in_place(dtype, pass_name):
     assert copied() == copied((3, 3), 16) == copied(channels=499) == "planes"
     assert not copied(side=40), "their copies would not stay near"
     assert not copied(channels=12) and not copied(dtype="float16") and not copied(isa="avx2")
+    assert bool(copied(isa="amx")) == (dtype == "float32"), "not measured beside matrix units"
     assert not copied(stride=(2, 2), padding=(3, 3))
     assert bool(copied((13, 13))) == (pass_name != "backward_weight")
     assert bool(copied(multiplier=2)) == (pass_name != "backward_input")

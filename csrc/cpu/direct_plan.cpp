@@ -129,7 +129,9 @@ std::optional<Gather> gather_for(Pass pass, const Geometry& g, const Machine& m,
     return gathers && gathers_pixels(g, bytes, element) ? Gather::pixels : Gather::none;
   }
   const int64_t pixels = g.height * g.width + g.out_height * g.out_width;
-  const bool planes = g.rows && m.isa >= Isa::avx512 && g.stride_h == 1 && g.stride_w == 1;
+  // Costs of matrix units were not fitted beside such copies.
+  const bool measured = m.isa == Isa::avx512 || (m.isa == Isa::amx && element == 4);
+  const bool planes = measured && g.rows && g.stride_h == 1 && g.stride_w == 1;
   if (planes && pixels * bytes <= kPlanesBytes[pass == Pass::backward_weight]) return Gather::planes;
   return std::nullopt;
 }
