@@ -1,5 +1,6 @@
 // Direct summation over channels_last tensors of the kernels' own type, whose pixels are vectors as they lie
-// in memory: no window of the input is copied, and pixels of the halo are never read.
+// in memory, or over such copies (direct_gather.h): no window is padded, and pixels of the halo are never
+// read.
 #pragma once
 
 #include "direct_gather.h"
@@ -35,18 +36,17 @@ class InPlaceCopies {
  public:
   InPlaceCopies(const ForwardProblem& p, const Plan& plan) : p_(p), plan_(plan), seen_(p) {
     if (plan.gather == Gather::none) return;
-    in_ = round_up(p.height * p.width + kSlackPixels, 2) * L;
+    in_ = (p.height * p.width + kSlackPixels) * L;
     place(seen_.input, p.width);
     if (plan.gather != Gather::planes) return;
-    out_ = round_up(p.out_height * p.out_width + kSlackPixels, 2) * L;
+    out_ = (p.out_height * p.out_width + kSlackPixels) * L;
     place(seen_.output, p.out_width);
   }
   const ForwardProblem& problem() const { return seen_; }
   int64_t elements() const { return plan_.span * (in_ + out_); }
   void use(T* scratch) { scratch_ = scratch; }
 
-  // Rows [y0, y1) of output of the groups of a span, which begin at channels c[g]: their pixels are fetched
-  // ...
+  // What a tile of a span's groups, which begin at channels c[g], reads ...
   void fetch(InPlaceSpan<T>& s, const int64_t* c, int64_t n, int64_t tile) const {
     if (plan_.gather == Gather::none) return;
     const DirectTile t = direct_tile(p_, plan_, tile, 0);
@@ -64,7 +64,7 @@ class InPlaceCopies {
       if (plan_.gather == Gather::planes) s.output[g] = copy + in_;
     }
   }
-  // ... and their sums brought back.
+  // ... and rows [y0, y1) of their sums, back to the output.
   void store(const InPlaceSpan<T>& s, const int64_t* c, int64_t n, int64_t y0, int64_t y1) const {
 #if LKCONV_AVX512
     for (int64_t g = 0; g < s.count && plan_.gather == Gather::planes; ++g)

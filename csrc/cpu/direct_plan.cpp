@@ -169,7 +169,7 @@ void choose_in_place(Pass pass, const Geometry& g, int64_t reduce, const Machine
     p.in_place = p.block > 0;
     if (!p.in_place) return;
     p.batch_rows = 1;
-    const int64_t copies = p.gather == Gather::none ? 0 : in + (p.gather == Gather::planes ? out : 0) + 2;
+    const int64_t copies = p.gather == Gather::none ? 0 : in + (p.gather == Gather::planes ? out : 0);
     p.scratch_bytes = p.span * (taps * vector + copies * bytes);
   }
   p.tile_w = g.out_width;
