@@ -20,10 +20,6 @@ struct OneRow {
   static LKCONV_INLINE void add(V& sum, V a, V b) {
     sum += a * b;
   }
-  template <class T>
-  static LKCONV_INLINE void add(Vec<T>& sum, Vec<T> a, const T* b) {
-    sum += a * load(b);
-  }
 };
 
 #if LKCONV_ROW_PAIRS
@@ -34,15 +30,10 @@ struct TwoRows {
   static LKCONV_INLINE void add(VF& sum, VF a, VF b) {
     sum = (VF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);
   }
-  static LKCONV_INLINE void add(VF& sum, VF a, const float* b) {
-    sum = (VF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)a, (__m512bh)_mm512_loadu_si512(b));
-  }
 };
 // A row without a partner: no other row's pixel may reach its sums, not even times zero.
 struct FirstRow : OneRow {
   static LKCONV_INLINE VF value(VF v) { return (VF)((VU32)v << 16); }
-  using OneRow::add;
-  static LKCONV_INLINE void add(VF& sum, VF a, const float* b) { sum += a * value(load(b)); }
 };
 
 constexpr int kRowsTogether = 2;
