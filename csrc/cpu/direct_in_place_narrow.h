@@ -4,7 +4,7 @@
 
 namespace lkconv::cpu::LKCONV_ISA {
 
-// a[i] += sum over v < V of taps[u][v] * pixels[u][S i + v] for one part, as in add_row: a vector of pixels
+// a[i] += sum over v < V of taps[u][v] * pixels[u][S i + v] for one part, as in tile_unit: a vector of pixels
 // is loaded once for all taps of a row. The first kLeft and the last kRight pixels are halo, which is not
 // read.
 template <class Product, int kPart, int V, int S, int kLeft, int kRight, class T, int X>

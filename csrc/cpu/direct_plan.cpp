@@ -102,7 +102,7 @@ void choose_weight_span(const Geometry& g, const Machine& m, Plan& p) {
 
 // Whether a group's pixels, `bytes` each, are copied next to each other before they are read in place: where
 // a kernel's rows are more lines than the sets hold that they fall in, or where many taps read pixels that
-// lie across two lines; but not images that leave a first-level cache anyway.
+// lie across two lines; but not images that are too large for a copy to stay near.
 bool gathers_pixels(const Geometry& g, int64_t bytes, int64_t element) {
   if (g.height * g.width * bytes > kGatheredBytes) return false;
   const int64_t apart = g.channels * element, taps = g.kernel_h * g.kernel_w;

@@ -179,20 +179,15 @@ void correlate_image_in_place(const WeightProblem& p, float* sums, int64_t count
   });
 }
 
-// The same for one group, from copies of its pixels (Plan::gather).
+#if LKCONV_AVX512
+// The same for one group of contiguous planes, from transposed copies (Plan::gather).
 template <class T>
-void correlate_image_gathered(const WeightProblem& p, const Plan& plan, float* sums, T* copies, int64_t n,
-                              int64_t c) {
+void correlate_planes_in_place(const WeightProblem& p, float* sums, T* copies, int64_t n, int64_t c) {
   constexpr int64_t L = kElements<T>;
   WeightProblem q = p;
   q.channels = L;
   const auto gather = [&](TensorView& t, auto channel, int64_t height, int64_t width) {
-    if (plan.gather == Gather::pixels)
-      gather_pixels(copies, element<const T>(t, n, c, 0), t, width, 0, height);
-#if LKCONV_AVX512
-    else
-      gather_planes(copies, t, n, channel, width, 0, height);
-#endif
+    gather_planes(copies, t, n, channel, width, 0, height);
     t.data = copies, t.stride_n = 0, t.stride_c = 1, t.stride_w = L, t.stride_h = L * width;
     copies += (height * width + kSlackPixels) * L;
   };
@@ -200,6 +195,7 @@ void correlate_image_gathered(const WeightProblem& p, const Plan& plan, float* s
   gather(q.grad_output, [&](int64_t i) { return c + i; }, p.out_height, p.out_width);
   correlate_image_in_place<T>(q, sums, 1, 0, 0, false);
 }
+#endif
 
 // Task = (span of channel groups, split of the batch), as in weight_direct.
 template <class T>
@@ -207,10 +203,10 @@ void weight_in_place_of(const WeightProblem& p, const Plan& plan, float* partial
                         int64_t task1) {
   constexpr int64_t L = kElements<T>;
   const int64_t taps = p.kernel_h * p.kernel_w, groups = channel_groups(p.channels, plan);
-  const bool gathered = plan.gather != Gather::none;
+  const bool gathered = plan.gather == Gather::planes;
   const int64_t pixels = gathered ? p.height * p.width + p.out_height * p.out_width + 2 * kSlackPixels : 0;
   float* image = thread_scratch<float>(taps * L * plan.span + pixels * kLanes<float>);
-  T* copies = reinterpret_cast<T*>(image + taps * L * plan.span);
+  [[maybe_unused]] T* copies = reinterpret_cast<T*>(image + taps * L * plan.span);
   const bool request = requests_rows(p, p.input.dtype);
   for (int64_t task = task0; task < task1; ++task) {
     const int64_t g0 = task / plan.splits * plan.span, split = task % plan.splits;
@@ -220,9 +216,11 @@ void weight_in_place_of(const WeightProblem& p, const Plan& plan, float* partial
     const int64_t n0 = p.batch * split / plan.splits, n1 = p.batch * (split + 1) / plan.splits;
     for (int64_t n = n0; n < n1; ++n) {
       if (!gathered) correlate_image_in_place<T>(p, image, count, n, g0 * L, request);
+#if LKCONV_AVX512
       for (int64_t g = 0; g < count && gathered; ++g)
-        correlate_image_gathered<T>(p, plan, image + g * taps * L, copies, n,
-                                    std::min((g0 + g) * L, p.channels - L));
+        correlate_planes_in_place<T>(p, image + g * taps * L, copies, n,
+                                     std::min((g0 + g) * L, p.channels - L));
+#endif
       add_vectors(total, image, vectors);
     }
   }
