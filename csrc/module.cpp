@@ -133,6 +133,8 @@ py::dict to_dict(const Candidate& c) {
   constexpr const char* copied[] = {"", "pixels", "planes"};
   d["copied"] = copied[int(p.gather)];
   d["span"] = p.span;
+  d["together"] = p.together;
+  d["blocks"] = py::make_tuple(p.block, p.short_block);
   d["swept"] = p.swept;
   d["paired"] = p.paired;
   d["fft"] = py::make_tuple(p.fft_h, p.fft_w);
@@ -167,6 +169,7 @@ std::vector<py::dict> plan(const std::string& pass_name, std::array<int64_t, 4> 
   g.adjacent = channels_last && p.multiplier == 1;
   g.dense = dense;
   g.rows = !channels_last || g.channels == 1;
+  if (pass != Pass::backward_weight && cpu::is_tall_strip(g)) exchange_axes(g);
   cpu::Machine machine = cpu::machine_for(parse_isa(isa), threads);
   if (bf16_pairs) machine.bf16_pairs = *bf16_pairs && machine.isa == cpu::Isa::avx512;
   cpu::Switches switches{.fft = fft, .aten = aten};

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "conv_params.h"
@@ -32,6 +33,16 @@ struct ForwardProblem : Geometry {
   int64_t input_channel(int64_t c, int64_t j) const { return c / channel_div * channel_mul + j; }
   int64_t weight_channel(int64_t c, int64_t j) const { return c * channel_mul + j; }
 };
+
+// The same problem with rows and columns exchanged.
+inline void exchange_axes(Geometry& g) {
+  std::swap(g.height, g.width), std::swap(g.out_height, g.out_width), std::swap(g.kernel_h, g.kernel_w);
+  std::swap(g.stride_h, g.stride_w), std::swap(g.pad_h, g.pad_w), std::swap(g.dil_h, g.dil_w);
+}
+inline void exchange_axes(ForwardProblem& f) {
+  exchange_axes(static_cast<Geometry&>(f));
+  for (TensorView* t : {&f.input, &f.weight, &f.output}) std::swap(t->stride_h, t->stride_w);
+}
 
 // grad_weight[c, u, v] = sum_{n,y,x} grad_output[n, c, y, x] * input[n, c / channel_div, y*stride - pad +
 // u*dil, ...]

@@ -57,6 +57,26 @@ CHANNELS_LAST = [
     same((1, 223, 7, 6), (13, 13), bias=False),
     Case((1, 1024, 8, 6), (6, 6), padding=(3, 2)),
     Case((1, 512, 12, 12), (5, 5), padding=(2, 2), stride=(2, 2)),
+    # Sums of two groups at once: pixels that fall in few sets of a cache, and a stride.
+    same((2, 512, 7, 14), (3, 3)),
+    same((1, 1024, 6, 9), (5, 5), bias=False),
+    same((1, 512, 5, 7), (4, 3), dilation=(1, 2)),
+    Case((2, 64, 9, 15), (3, 3), padding=(1, 1), stride=(2, 2)),
+    Case((1, 96, 8, 13), (5, 5), padding=(2, 2), stride=(2, 2), bias=False),
+    Case((1, 640, 5, 10), (3, 5), padding=(1, 2), stride=(1, 2)),
+    # Blocks of two to eight outputs, of which the dilation leaves some columns one fewer.
+    same((1, 48, 6, 11), (3, 3), dilation=(2, 2)),
+    same((1, 32, 5, 17), (5, 5), dilation=(1, 3)),
+    same((1, 64, 5, 13), (7, 7), dilation=(1, 2)),
+    same((2, 33, 7, 7), (5, 5), dilation=(2, 2)),
+    same((1, 32, 4, 9), (3, 3), dilation=(1, 4)),
+    same((1, 32, 3, 24), (5, 5)),
+    # Tall strips, whose rows and columns are exchanged.
+    same((2, 64, 14, 9), (27, 1)),
+    same((1, 1, 12, 9), (9, 1)),
+    Case((1, 40, 12, 7), (10, 1), padding=(3, 0)),
+    Case((2, 35, 9, 6), (11, 1), padding=(5, 2), bias=False),
+    Case((1, 32, 30, 5), (9, 1), padding=(4, 0), stride=(1, 2)),
 ]
 # Rows of one pixel up to several vectors, for one plane and many; kernels of all of planar's blocks.
 CONTIGUOUS = [
@@ -145,3 +165,12 @@ def test_channels_last(case, layout, dtype, pass_name):
 )
 def test_contiguous(case, layout, dtype, pass_name):
     accuracy.check(pass_name, case, cases.make_tensors(case, dtype, layout))
+
+
+@all_passes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_rows_that_are_asked_for_ahead(stride, dtype, pass_name):
+    size = (2, 48, 190, 190) if dtype == torch.float32 else (2, 96, 190, 190)
+    case = Case(size, (3, 3), padding=(1, 1), stride=(stride, stride))
+    accuracy.check(pass_name, case, cases.make_tensors(case, dtype, "channels_last"))

@@ -277,8 +277,8 @@ def test_odd_rows_of_channels_last_tensors_are_read_in_place(pass_name):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tasks_in_place_keep_their_rows_near(dtype):
-    """Two groups, where rows then stay in a first-level cache and tensors come from the core's own; else
-    whole pixels. Enough tasks remain."""
+    """A few groups, where rows then stay in a first-level cache and tensors come from a shared one; else whole
+    pixels. Enough tasks remain."""
 
     def plan(kernel, channels, side=56, batch=2, **options):
         shape = {
@@ -296,8 +296,8 @@ def test_tasks_in_place_keep_their_rows_near(dtype):
 
     whole = 256 // channels_of_a_group
     for side, kernel in ((7, (7, 7)), (14, (3, 3)), (28, (3, 3)), (28, (7, 7)), (56, (3, 3))):
-        near = side < 56
-        assert groups(kernel, 256, side, batch=8 if side < 28 else 2) == (2 if near else whole)
+        near = 8 if kernel == (3, 3) else 2
+        assert groups(kernel, 256, side, batch=8 if side < 28 else 2) == (near if side < 56 else whole)
     assert groups((3, 3), 256, 200, batch=1) == whole, "rows too long for that cache"
     assert groups((3, 3), 256, 14, batch=8, dilation=(3, 3), padding=(3, 3)) == whole
     assert groups((3, 3), 256, 14, batch=8, stride=(2, 2)) == whole
@@ -305,6 +305,68 @@ def test_tasks_in_place_keep_their_rows_near(dtype):
     assert plan((1, 7), 3000, padding=(0, 3))["scratch_bytes"] <= 256 << 10
     spans, rows = whole // groups((3, 3), 256, batch=1), plan((3, 3), 256, batch=1)["tile"][0]
     assert spans * -(-56 // rows) >= 8, "four tasks for each thread"
+
+
+def test_groups_share_blocks_where_pixels_fall_in_few_cache_sets():
+    def together(kernel=(3, 3), channels=1024, side=14, pass_name="forward", **options):
+        options = {"isa": "avx512", "channels_last": True, "aten": False, **options}
+        plan = of("direct", candidates(pass_name, (8, channels, side, side), kernel, **options))
+        assert plan["in_place"] and plan["span"] % plan["together"] == 0
+        return plan["together"]
+
+    strided = {"stride": (2, 2), "padding": (1, 1)}
+    assert together() == together(pass_name="backward_input") == together((5, 5)) == 2
+    assert together(channels=512) == 2 and together(channels=480) == 1, "pixels 2048 bytes apart, and not"
+    assert together((7, 7), channels=512) == together(channels=512, pass_name="backward_weight") == 1
+    for pass_name in ("forward", "backward_weight"):
+        assert together(channels=480, pass_name=pass_name, **strided) == 2
+        assert together(channels=496, pass_name=pass_name, **strided) == 1, "an odd number of groups"
+        assert together(channels=64, side=224, pass_name=pass_name, **strided) == 1, "memory is slower"
+    assert together(dtype="bfloat16") == together(isa="avx2") == 1
+
+
+def test_weight_gradients_read_longer_runs_of_pixels_far_apart():
+    def span(channels, kernel=(3, 3), dtype="float32"):
+        options = {"isa": "avx512", "channels_last": True, "threads": 2, "dtype": dtype}
+        return of("direct", candidates("backward_weight", (8, channels, 28, 28), kernel, **options))["span"]
+
+    assert span(192) == span(224) == 2 and span(256) == span(512) == 8, "pixels 1024 bytes apart"
+    assert span(512, (7, 7)) == 2 and span(512, (7, 7), "bfloat16") == span(256, dtype="bfloat16") == 8
+
+
+@pytest.mark.parametrize("pass_name", ["forward", "backward_input"])
+def test_tall_strips_become_rows_of_channels_last_tensors(pass_name):
+    def plan(kernel, **options):
+        size = options.pop("size", (8, 64, 20, 28))
+        return of("direct", candidates(pass_name, size, kernel, isa="avx512", aten=False, **options))
+
+    def is_exchanged(kernel, **options):
+        return plan(kernel, channels_last=True, **options)["tile"][1] == 20
+
+    assert is_exchanged((9, 1)) and is_exchanged((55, 1))
+    assert plan((55, 1), channels_last=True)["cycles"] < 0.7 * plan((55, 1))["cycles"]
+    for other in ({"kernel": (7, 1)}, {"kernel": (9, 3)}, {"kernel": (9, 1), "dilation": (2, 1)}):
+        assert not is_exchanged(**other)
+    assert plan((9, 1))["tile"][1] == 28, "planes"
+    assert plan((9, 1), channels_last=True, size=(8, 1, 20, 28))["tile"][1] == 28, "one channel is a plane"
+
+
+def test_columns_of_a_dilation_have_blocks_of_their_own():
+    def blocks(width, dilation, kernel=(3, 3), **options):
+        options = {"isa": "avx512", "channels_last": True, "aten": False, **options}
+        dilation = (1, dilation)
+        return of("direct", candidates("forward", (8, 64, 9, width), kernel, dilation=dilation, **options))[
+            "blocks"
+        ]
+
+    assert blocks(14, 3) == (5, 4) and blocks(14, 4) == (4, 3) and blocks(14, 5) == (3, 2)
+    assert blocks(14, 1) == (14, 14) and blocks(56, 1) == (14, 14) and blocks(12, 1, (5, 5)) == (6, 6)
+    bfloat16 = {"dtype": "bfloat16", "bf16_pairs": True}
+    assert blocks(14, 1, **bfloat16) == (7, 7) and blocks(24, 1, **bfloat16) == (8, 8)
+    assert blocks(24, 1, (7, 7), **bfloat16) == (6, 6), (
+        "eight outputs and seven taps of two vectors are too many"
+    )
+    assert blocks(7, 2, (7, 7)) == (4, 3)
 
 
 def test_pixels_in_one_cache_set_are_copied():
@@ -359,8 +421,9 @@ def test_two_rows_of_bfloat16_at_once(pass_name):
         options = {"dtype": "bfloat16", "isa": "avx512", "bf16_pairs": True, "channels_last": True, **options}
         return of(algorithm, candidates(pass_name, (8, 96, 14, 14), kernel, **options))["paired"]
 
-    assert paired() and paired((3, 3)) and paired((9, 1)) and paired(channels_last=False)
+    assert paired() and paired((3, 3)) and paired((5, 1)) and paired(channels_last=False)
     assert not paired((1, 7)), "one row has no partner"
+    assert paired((9, 1)) == (pass_name == "backward_weight"), "a tall strip becomes one row"
     for other in ({"bf16_pairs": False}, {"isa": "avx2"}, {"isa": "amx"}, {"dtype": "float32"}):
         assert not paired(**other)
     assert paired((13, 13)) and not paired((13, 13), algorithm="fft")

@@ -31,7 +31,8 @@ void run_phases(const PlanarProblem& p, const Plan& plan, const ParallelFor& par
            [&](int64_t a, int64_t b) { run_planar_tasks(p, plan, a, b); });
 }
 
-void run_forward(const ForwardProblem& p, const Machine& m, const ParallelFor& parallel) {
+void run_forward(ForwardProblem p, const Machine& m, const ParallelFor& parallel) {
+  if (is_tall_strip(p)) exchange_axes(p);
   if (p.batch == 0 || p.channels == 0 || p.out_height == 0 || p.out_width == 0) return;
   const Plan plan = plan_forward(p, m);
   const int64_t tasks = forward_tasks(p, plan);
@@ -107,6 +108,7 @@ bool prefers_aten(const ConvParams& p, Pass pass, const TensorView& from, const 
   f.adjacent = adjacent_channels(p, from, to);
   f.dense = from.stride_w == p.channels;
   f.rows = contiguous_rows(from, to);
+  if (is_tall_strip(f)) exchange_axes(f);
   return choose_depthwise_conv2d(pass, f, f.reduce, from.dtype, m, switches_from_environment()).algorithm ==
          Algorithm::aten;
 }

@@ -2,6 +2,8 @@
 // backward_weight in registers.
 #pragma once
 
+#include "pixels_ahead.h"
+
 namespace lkconv::cpu::LKCONV_ISA {
 
 template <class T>
@@ -10,25 +12,24 @@ LKCONV_INLINE void add_vectors(T* sum, const T* more, int64_t vectors) {
 }
 
 // What the next row of grad_output will read, asked for beside the products of this one: as many pixels at a
-// time as are multiplied. Distances are in bytes.
+// time as are multiplied.
 struct RowsAhead {
-  const char *grad, *in;
-  int64_t grad_step, in_step, in_row;
+  static constexpr int64_t kMaxRows = 2;  // of the input
+  PixelsAhead grad, in[kMaxRows];
   int64_t rows, pixels;  // of the input that are new with each pixel of grad_output
-  int64_t left;          // of these pixels
+  int64_t left = 0;      // of these pixels
+  int64_t lines = 0;     // for each of them: groups whose products are computed together
 
   LKCONV_INLINE void request(int64_t count) {
     const int64_t n = std::min(count, left);
     if (n <= 0) return;
     left -= n;
-    const char *g = grad, *p = in;
-    for (int64_t i = 0; i < n; ++i, g += grad_step) __builtin_prefetch(g, 0, 2);
-    if (rows == 1 && pixels == 1)  // nearly always, and beside few products
-      for (int64_t i = 0; i < n; ++i, p += in_step) __builtin_prefetch(p, 0, 2);
-    else
-      for (int64_t i = 0; i < n * pixels; ++i, p += in_step)
-        for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(p + r * in_row, 0, 2);
-    grad = g, in = p;
+    if (pixels == 1 && rows == 1) {  // nearly always, and beside few products
+      grad.request_own(n);
+      return in[0].request_own(n);
+    }
+    grad.request(n * lines);
+    for (int64_t r = 0; r < rows; ++r) in[r].request(n * pixels * lines);
   }
 };
 
@@ -79,11 +80,11 @@ LKCONV_INLINE void correlate_block(Vec<T> (&a)[U][V], Pixels grad, Pixels in, in
 }
 
 // One value of x, of whose taps those outside [v0, v1) meet zeros.
-template <class Product, class T, int U, int V, class Pixels, class Steps>
-LKCONV_INLINE void correlate_pixel(Vec<T> (&a)[U][V], Pixels grad, Pixels in, int64_t in_row, int64_t v0,
+template <class Product, class Value, int U, int V, class Pixels, class Steps>
+LKCONV_INLINE void correlate_pixel(Value (&a)[U][V], Pixels grad, Pixels in, int64_t in_row, int64_t v0,
                                    int64_t v1, const Steps& steps) {
   steps.request(1);
-  const Vec<T> d = Product::value(load(grad));
+  const Value d = Product::value(load(grad));
 #pragma GCC unroll 4
   for (int u = 0; u < U; ++u, in += in_row)
 #pragma GCC unroll 16
@@ -108,7 +109,7 @@ LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, Pixels grad, Pixels i
     x = B;
   }
   for (; kHalo && x < P && x < n; ++x)
-    correlate_pixel<Product, T>(a, grad + x * dg, in + x * di, in_row, P - x, n + P - x, steps);
+    correlate_pixel<Product, Vec<T>>(a, grad + x * dg, in + x * di, in_row, P - x, n + P - x, steps);
   for (; x + B + P <= n; x += B)
     correlate_block<Product, T, B, 0, 0>(a, grad + x * dg, in + x * di, in_row, steps);
   if (kHalo && x > 0 && x + B == n) {
@@ -118,7 +119,7 @@ LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, Pixels grad, Pixels i
   for (; B > 4 && x + 4 + P <= n; x += 4)
     correlate_block<Product, T, 4, 0, 0>(a, grad + x * dg, in + x * di, in_row, steps);
   for (; x < n; ++x)
-    correlate_pixel<Product, T>(a, grad + x * dg, in + x * di, in_row, 0, kHalo ? n + P - x : V, steps);
+    correlate_pixel<Product, Vec<T>>(a, grad + x * dg, in + x * di, in_row, 0, kHalo ? n + P - x : V, steps);
 #pragma GCC unroll 4
   for (int u = 0; u < U; ++u)
 #pragma GCC unroll 16

@@ -93,7 +93,7 @@ void forward_in_place(const ForwardProblem& problem, const Plan& plan, int64_t t
   float* kernels = thread_scratch<float>(taps * plan.span + copies.elements() / kFloatParts<T>);
   copies.use(reinterpret_cast<T*>(kernels + taps * plan.span));
   InPlaceSpan<T> s;
-  s.request = plan.gather == Gather::none && requests_rows(p, p.input.dtype);
+  s.ahead = plan.gather == Gather::none ? requests_ahead(p, p.input.dtype) : Ahead::nothing;
   int64_t loaded = -1, channels[kMaxSpanInPlace];
   for (int64_t task = task0; task < task1; ++task) {
     const int64_t g0 = task / (p.batch * tiles) * plan.span, n = task / tiles % p.batch;
@@ -103,13 +103,13 @@ void forward_in_place(const ForwardProblem& problem, const Plan& plan, int64_t t
       s.input[g] = element<const T>(problem.input, n, problem.input_channel(c, 0), 0);
       s.output[g] = element<T>(problem.output, n, c, 0);
       s.kernel[g] = kernels + g * taps;
-      if (g0 != loaded) load_parts<T>(p, c, kernels + g * taps, s.bias[g]);
+      if (g0 != loaded) load_parts<T>(p, c, kernels + g * taps, s.bias + g * kFloatParts<T>);
     }
     loaded = g0;
     const int64_t y0 = task % tiles * plan.tile_h, y1 = std::min(y0 + plan.tile_h, p.out_height);
     copies.fetch(s, channels, n, task % tiles);
     for (int64_t y = y0; y < y1; ++y)
-      narrow_rows(p) ? narrow_row(p, s, plan.block, y) : wide_row(p, s, plan.block, y);
+      narrow_rows(p) ? narrow_row(p, s, plan, y) : wide_row(p, s, plan.block, y);
     copies.store(s, channels, n, y0, y1);
   }
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "element_vectors.h"
+#include "pixels_ahead.h"
 
 namespace lkconv::cpu::LKCONV_ISA {
 
@@ -16,41 +17,17 @@ struct TensorRows {
   LKCONV_INLINE int64_t pixel() const { return step; }
 };
 
-// Asks for `count` pixels of the row of outputs that comes next: pixels of one group are single lines, far
-// from each other, which hardware prefetchers do not foresee.
-template <int kWrite, class T>
-LKCONV_INLINE void request_pixels(const T* at, int64_t step, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at + i * step, kWrite, 2);
-}
-
-constexpr int64_t kRequestBytes = 1 << 20;  // smaller tensors stay in a core's own cache
-
-LKCONV_INLINE int64_t input_bytes(const Geometry& p, DType dtype) {
-  return p.batch * p.height * p.width * p.channels * dtype_size(dtype);
-}
-// Whether the next rows of an image are asked for.
-LKCONV_INLINE bool requests_rows(const Geometry& p, DType dtype) {
-  return input_bytes(p, dtype) >= kRequestBytes;
-}
-
-// Whether planes that direct sums copy to scratch are asked for ahead, 16 at a time: while the tensors stay
-// in a shared cache this costs more than it gives.
-constexpr int64_t kRequestPlaneBytes = 6 << 20;
-LKCONV_INLINE bool requests_planes(const Geometry& p, DType dtype) {
-  return input_bytes(p, dtype) >= kRequestPlaneBytes;
-}
-
 // The channel groups a task handles together, kElements channels each. The last one of a tensor moves left to
 // be whole: what it computes twice comes out the same, and from the same task. Kernels and biases are floats,
 // in the parts of element_vectors.h: [part][tap][lane].
 template <class T>
 struct InPlaceSpan {
   int64_t count;
-  bool request;
+  Ahead ahead;
   const T* input[kMaxSpanInPlace];
   T* output[kMaxSpanInPlace];
   const float* kernel[kMaxSpanInPlace];
-  Vec<float> bias[kMaxSpanInPlace][kFloatParts<T>];
+  Vec<float> bias[kMaxSpanInPlace * kFloatParts<T>];
 };
 
 // Where a block of X outputs goes, and what its sums begin with.
@@ -86,17 +63,23 @@ struct InPlaceColumns {
   }
 };
 
-// Asks for what a block of X outputs of the next row writes and, of its rows of pixels, for those that this
-// row does not read.
+// Asks for what group g of the block of X outputs after this one writes.
+template <class T>
+LKCONV_INLINE void request_outputs(const InPlaceOutputs<T>& to, int64_t g, int64_t X) {
+  for (int64_t i = X; i < 2 * X; ++i) __builtin_prefetch(to.at + i * to.step + g * kElements<T>, 1, 2);
+}
+
+// Asks, where group g of a block of X outputs is summed, for pixels that the next row of outputs reads and
+// this one does not.
 template <class T>
 LKCONV_INLINE void request_next_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t g, int64_t y,
-                                    int64_t pixel, const InPlaceOutputs<T>& to, int64_t X) {
-  request_pixels<1>(to.at + p.output.stride_h, to.step, X);
+                                    int64_t pixel, int64_t X) {
   const int64_t last = (y + 1) * p.stride_h - p.pad_h + (p.kernel_h - 1) * p.dil_h;
   for (int64_t row = last + 1 - p.stride_h; row <= last; ++row)
     if (row >= 0 && row < p.height)
-      request_pixels<0>(s.input[g] + row * p.input.stride_h + pixel * p.input.stride_w,
-                        p.input.stride_w * p.dil_w, X * p.stride_w);
+      PixelsAhead(s.input[0] + row * p.input.stride_h + pixel * p.input.stride_w, p.input.stride_w * p.dil_w,
+                  s.count, g * X * p.stride_w)
+          .request(X * p.stride_w);
 }
 
 // One row of outputs; all groups of a block, whose pixels are neighbours in memory, follow each other.
@@ -108,29 +91,26 @@ void in_place_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t y, c
   int64_t u0, u1;
   clip_taps(top, top, p.height, p.kernel_h, p.dil_h, u0, u1);
   const int64_t first_row = (top + u0 * p.dil_h) * in.stride_h;
-  const bool request = s.request && y + 1 < p.out_height;
+  const bool outputs = s.ahead != Ahead::nothing, inputs = s.ahead == Ahead::all && y + 1 < p.out_height;
   for (int64_t i = 0; i < c.blocks; ++i) {
     const int64_t x = c.output(i, X), column = c.first + x * c.step;
     const int64_t tap = c.first + (x * p.stride_w - p.pad_w / p.dil_w) * c.step;  // the pixel of the first
-    for (int64_t g = 0; g < s.count; ++g) {
+    for (int64_t g = 0; g < s.count; g += Row::kGroups) {
       const InPlaceOutputs<T> to{s.output[g] + y * out.stride_h + column * out.stride_w,
-                                 out.stride_w * c.step, s.bias[g]};
+                                 out.stride_w * c.step, s.bias + g * kFloatParts<T>};
       if (u1 <= u0) {
         for (int j = 0; j < X; ++j) store_whole(to.at + j * to.step, put_together(to.initial, T()));
         continue;
       }
       const TensorRows<T> pixels{s.input[g] + first_row + tap * in.stride_w, in.stride_h * p.dil_h,
                                  in.stride_w * c.step};
-      if (request) request_next_row(p, s, g, y, c.first + x * p.stride_w * c.step, to, X);
+      for (int64_t q = 0; outputs && q < Row::kGroups; ++q) {
+        request_outputs(to, q, X);
+        if (inputs) request_next_row(p, s, g + q, y, c.first + x * p.stride_w * c.step, X);
+      }
       Row::block(p, c, i, to, pixels, {s.kernel[g] + u0 * row, row, p.kernel_h * row}, u1 - u0);
     }
   }
-}
-
-template <class T, class Row>
-void in_place_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t y) {
-  for (int64_t remainder = 0; remainder < p.dil_w; ++remainder)
-    in_place_row<T, Row>(p, s, y, InPlaceColumns(p, remainder, Row::kBlock));
 }
 
 }  // namespace lkconv::cpu::LKCONV_ISA

@@ -134,7 +134,7 @@ LKCONV_INLINE void wide_tile(const InPlaceOutputs<T>& out, TensorRows<T> pixels,
 
 template <class T, int X>
 struct WideRow {
-  static constexpr int64_t kBlock = X;
+  static constexpr int64_t kBlock = X, kGroups = 1;
 
   LKCONV_INLINE static void block(const ForwardProblem& p, const InPlaceColumns& c, int64_t i,
                                   const InPlaceOutputs<T>& out, const TensorRows<T>& pixels,
@@ -150,18 +150,18 @@ void wide_row(const ForwardProblem& p, const InPlaceSpan<T>& s, int64_t block, i
   switch (block) {
 #if LKCONV_VECTOR_REGISTERS >= 32
     case 14:
-      return in_place_row<T, WideRow<T, 14>>(p, s, y);
+      return in_place_row<T, WideRow<T, 14>>(p, s, y, {p, 0, 14});
     case 12:
-      return in_place_row<T, WideRow<T, 12>>(p, s, y);
+      return in_place_row<T, WideRow<T, 12>>(p, s, y, {p, 0, 12});
 #endif
     case 10:
-      return in_place_row<T, WideRow<T, 10>>(p, s, y);
+      return in_place_row<T, WideRow<T, 10>>(p, s, y, {p, 0, 10});
     case 8:
-      return in_place_row<T, WideRow<T, 8>>(p, s, y);
+      return in_place_row<T, WideRow<T, 8>>(p, s, y, {p, 0, 8});
     case 7:
-      return in_place_row<T, WideRow<T, 7>>(p, s, y);
+      return in_place_row<T, WideRow<T, 7>>(p, s, y, {p, 0, 7});
     default:
-      return in_place_row<T, WideRow<T, 4>>(p, s, y);
+      return in_place_row<T, WideRow<T, 4>>(p, s, y, {p, 0, 4});
   }
 }
 

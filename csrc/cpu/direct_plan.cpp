@@ -18,7 +18,8 @@ constexpr int64_t kKernelBytes = 256 << 10;     // of the groups that a task rea
 constexpr int64_t kWideKernelBytes = 24 << 10;  // where a block of outputs takes too long to wait for memory
 constexpr int64_t kNearRowsBytes = 32 << 10;    // of rows read in place again and again
 constexpr int64_t kNearBytes = 12 << 20;        // of tensors whose rows are kept there
-constexpr int64_t kNearSpan = 2;
+constexpr int64_t kNearSpan = 2, kNearShortSpan = 8;  // groups of them; of rows of at most 3 taps
+constexpr int64_t kFarSpan = 8, kMaxSharedWidth = 5;
 // A first-level cache; and how many taps make a copy of the pixels worth its cost, if they conflict there or
 // lie across two lines.
 constexpr int64_t kLineBytes = 64, kNearSets = 64, kNearWays = 8;
@@ -33,10 +34,11 @@ constexpr double kPlanesWeightPixel = 22;    // ... and for backward_weight
 constexpr double kPairedWideTap = 0.8;       // of a wide tap
 constexpr double kPairPixel = 4;             // a vector of a window to one of pairs with the row below
 // Operations on a vector of bfloat16 read in place; columns of taps split each pixel once.
-constexpr double kSplitPixel = 2.5, kSplitColumn = 1, kRoundSums = 14;
+constexpr double kSplitPixel[2] = {1.5, 2.5}, kSplitColumn = 1, kRoundSums[2] = {4, 14};  // narrow, wide rows
 // Pixels this far apart share one set of a first-level cache, which holds fewer than a block of outputs
 // reads: each tap costs so many times as much, in the passes that write a tensor and in backward_weight.
 constexpr int64_t kAliasedBytes = 4096;
+constexpr int64_t kSharedBytes = 24 << 20;
 constexpr double kAliasedTap[2] = {1.5, 4.5};
 
 // Rows of at least `least` outputs, then spans, are cut until every one of the threads has work.
@@ -86,18 +88,19 @@ void choose_span_in_place(const Geometry& g, const Machine& m, int64_t vector, i
   const bool once = narrow_rows(g) || g.kernel_h == 1;  // a strip reads each pixel for one row of outputs
   const int64_t bytes = once ? kKernelBytes : kWideKernelBytes;
   int64_t span = std::clamp<int64_t>(bytes / bytes_of_kernel, 1, kMaxSpanInPlace);
-  if (once && keeps_rows_near(g, vector / parts)) span = std::min(span, kNearSpan);
+  if (once && keeps_rows_near(g, vector / parts))
+    span = std::min(span, g.kernel_w > 3 ? kNearSpan : kNearShortSpan);
   p.span = even_part(groups, span);
   share_among_threads(g, m, ceil_div(groups, p.span) * g.batch, 4, p);
 }
 
-// Channel groups whose channels_last memory a task of backward_weight streams together; enough tasks remain
-// for every thread.
-void choose_weight_span(const Geometry& g, const Machine& m, Plan& p) {
+// Channel groups, at most `limit`, whose channels_last memory a task of backward_weight streams together;
+// enough tasks remain for every thread.
+void choose_weight_span(const Geometry& g, const Machine& m, int64_t limit, Plan& p) {
   if (!g.adjacent) return;
   const int64_t groups = channel_groups(g.channels, p);
   const int64_t most = m.threads > 1 ? groups * g.batch / (2 * m.threads) : groups;
-  p.span = even_part(groups, std::clamp<int64_t>(most, 1, std::min(groups, kMaxWeightSpan)));
+  p.span = even_part(groups, std::clamp<int64_t>(most, 1, std::min(groups, limit)));
 }
 
 // Whether a group's pixels, `bytes` each, are copied next to each other before they are read in place: where
@@ -136,6 +139,18 @@ std::optional<Gather> gather_for(Pass pass, const Geometry& g, const Machine& m,
   return std::nullopt;
 }
 
+// Whether blocks of outputs are of two channel groups: where pixels fall in few sets of a cache, so that the
+// neighbours of a line, which processors load along with it, are gone before their group's turn; and at a
+// stride, whose blocks read more lines, unless memory is slower than all of that.
+bool shares_blocks(const Geometry& g, const Plan& p) {
+  const int64_t apart = g.channels * int64_t(sizeof(float));
+  const int64_t bytes = g.batch * (g.height * g.width + g.out_height * g.out_width) * apart;
+  if (!g.adjacent || p.gather != Gather::none || !narrow_rows(g) || g.kernel_w > kMaxSharedWidth)
+    return false;
+  if (g.channels % (2 * p.lanes) || p.span % 2) return false;
+  return g.stride_w > 1 ? bytes <= kSharedBytes : apart % kFewSetsBytes == 0;
+}
+
 // A last group that is not full computes outputs of the one before it again: they must share a task.
 int64_t span_without_lone_group(int64_t groups, int64_t span) {
   int64_t s = span;
@@ -157,16 +172,24 @@ void choose_in_place(Pass pass, const Geometry& g, int64_t reduce, const Machine
   if (pass == Pass::backward_weight) {
     p.in_place = true;
     p.tile_h = g.out_height;
-    if (g.stride_h == 1 && p.span * bytes_of_rows(g, bytes) > kNearRowsBytes)
-      p.span = even_part(channel_groups(g.channels, p), std::min(p.span, kNearSpan));
+    // Pixels on pages of their own are read faster in longer runs; of floats, wider kernels are better off
+    // with rows that stay near.
+    const bool far = g.channels * element >= kFarPixelBytes && g.kernel_w <= kMaxSharedWidth;
+    choose_weight_span(g, m, far || parts > 1 ? kFarSpan : kNearSpan, p);
+    if (parts == 1 && m.many_registers && g.stride_w > 1 && shares_blocks(g, p)) p.together = 2;
     p.scratch_bytes = p.span * taps * vector + (p.gather == Gather::none ? 0 : (in + out) * bytes);
   } else {
     p.tile_h = g.out_height;
     choose_span_in_place(g, m, vector, parts, p);
     if (*gather == Gather::planes) p.span = 1;
     if (g.channels % p.lanes) p.span = span_without_lone_group(channel_groups(g.channels, p), p.span);
-    p.block = in_place_block(g, m.many_registers, parts);
-    p.in_place = p.block > 0;
+    if (parts == 1 && m.many_registers && shares_blocks(g, p)) p.together = 2;
+    const auto block = [&](int64_t width) {
+      return in_place_block(g, width, m.many_registers, parts * p.together);
+    };
+    p.block = block(ceil_div(g.out_width, g.dil_w));
+    p.short_block = block(std::max<int64_t>(1, g.out_width / g.dil_w));
+    p.in_place = p.block > 0 && p.short_block > 0;
     if (!p.in_place) return;
     p.batch_rows = 1;
     const int64_t copies = p.gather == Gather::none ? 0 : in + (p.gather == Gather::planes ? out : 0);
@@ -182,7 +205,7 @@ void choose_windows(Pass pass, const Geometry& g, int64_t reduce, int64_t vector
       ((p.tile_w - 1) * g.stride_w + std::max<int64_t>(g.kernel_w - 1, 0) * g.dil_w + 1) * vector;
   const int64_t halo = std::max<int64_t>(g.kernel_h - 1, 0) * g.dil_h + 1, taps = g.kernel_h * g.kernel_w;
   if (pass == Pass::backward_weight) {
-    choose_weight_span(g, m, p);
+    choose_weight_span(g, m, kMaxWeightSpan, p);
     const int64_t budget = kWindowBytes / (p.span > 1 ? 2 * p.span : 1);
     int64_t rows = std::max<int64_t>(1, (budget / row - halo) / g.stride_h + 1);
     rows = std::max(rows, std::min(g.out_height, halo / g.stride_h + 1));  // re-read at most half of the rows
@@ -264,8 +287,9 @@ void estimate_direct(Pass pass, const Geometry& g, int64_t reduce, DType dtype, 
   if (p.paired && !p.in_place) p.cycles += kPairPixel * pixels;
   if (!p.in_place || parts < 2) return;
   // Both parts' products; taking pixels apart for each kernel row, and putting sums together.
-  const double round = pass == Pass::backward_weight ? 0 : kRoundSums;
-  const double split = g.kernel_w == 1 ? kSplitColumn : kSplitPixel;
+  const bool wide = !narrow_rows(g);
+  const double round = pass == Pass::backward_weight ? 0 : kRoundSums[wide];
+  const double split = g.kernel_w == 1 ? kSplitColumn : kSplitPixel[wide || pass == Pass::backward_weight];
   p.cycles += c.tap * (vectors + outputs * (split * double(g.kernel_h) + round));
 }
 

@@ -50,6 +50,29 @@ LKCONV_INLINE PartPointer<bf16, kPart> part_pointer(const bf16* at, int64_t) {
 }
 #endif
 
+// Vectors of two neighbouring groups of channels, as one value: where lines that lie next to each other are
+// worth taking together (see shares_blocks of the planner).
+struct TwoGroups {
+  Vec<float> group[2];
+  friend LKCONV_INLINE TwoGroups operator*(TwoGroups a, TwoGroups b) {
+    return {{a.group[0] * b.group[0], a.group[1] * b.group[1]}};
+  }
+  LKCONV_INLINE void operator+=(TwoGroups b) { group[0] += b.group[0], group[1] += b.group[1]; }
+};
+struct GroupsPointer {
+  const float* at;
+  LKCONV_INLINE void operator+=(int64_t elements) { at += elements; }
+  LKCONV_INLINE GroupsPointer operator+(int64_t elements) const { return {at + elements}; }
+};
+LKCONV_INLINE TwoGroups load(GroupsPointer p) { return {{load(p.at), load(p.at + kElements<float>)}}; }
+
+// Adds to the sums of a tap, which are `group` floats apart for two groups.
+LKCONV_INLINE void add_to(float* sums, Vec<float> more, int64_t) { store(sums, load(sums) + more); }
+LKCONV_INLINE void add_to(float* sums, TwoGroups more, int64_t group) {
+  store(sums, load(sums) + more.group[0]);
+  store(sums + group, load(sums + group) + more.group[1]);
+}
+
 // What the values behind a pointer multiply.
 template <class Pixels>
 struct ProductBehind {
@@ -70,28 +93,30 @@ struct RowPair {
   Pixels grad, in;
   int64_t in_row, rows, n;  // kernel rows, and outputs of the row
   int64_t width, stride;    // pixels of the image's row, and how many lie between outputs
+  int64_t group;            // floats between the sums of two groups
   TensorSteps steps;
 };
 
 // acc[u][v] += sum over x < n of grad[x] * in[u][S x + v] for a stride S: each output loads its pixels anew.
 template <int U, int V, class Pixels>
 LKCONV_INLINE void correlate_strided_unit(float* acc, const RowPair<Pixels>& r, Pixels in) {
+  using Value = decltype(load(in));
   constexpr int L = kLanes<float>, P = V / 2;
-  Vec<float> a[U][V] = {};
+  Value a[U][V] = {};
   Pixels grad = r.grad;
   int64_t left = P,
           right = r.width + P;  // of the pixels an output reads, those in the image are [left, right)
   for (int64_t x = 0; x < r.n; ++x, left -= r.stride, right -= r.stride) {
     if (left <= 0 && right >= V)
-      correlate_pixel<ProductOf<Pixels>, float, U, V>(a, grad, in, r.in_row, 0, V, r.steps);
+      correlate_pixel<ProductOf<Pixels>, Value, U, V>(a, grad, in, r.in_row, 0, V, r.steps);
     else
-      correlate_pixel<ProductOf<Pixels>, float, U, V>(a, grad, in, r.in_row, left, right, r.steps);
+      correlate_pixel<ProductOf<Pixels>, Value, U, V>(a, grad, in, r.in_row, left, right, r.steps);
     grad += r.steps.grad(), in += r.stride * r.steps.in();
   }
 #pragma GCC unroll 4
   for (int u = 0; u < U; ++u)
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) store(acc + (u * V + v) * L, load(acc + (u * V + v) * L) + a[u][v]);
+    for (int v = 0; v < V; ++v) add_to(acc + (u * V + v) * L, a[u][v], r.group);
 }
 
 template <int V, class Pixels>
@@ -104,12 +129,14 @@ void correlate_rows_in_place(float* acc, const RowPair<Pixels>& r) {
     for (; u < r.rows; ++u) correlate_strided_unit<1, V>(acc + u * V * L, r, r.in + u * r.in_row);
     return;
   }
-  for (; u + U <= r.rows; u += U)
-    correlate_unit<ProductOf<Pixels>, float, U, V, kHalo>(acc + u * V * L, V * L, r.grad, r.in + u * r.in_row,
-                                                          r.in_row, r.n, r.steps);
-  for (; u < r.rows; ++u)
-    correlate_unit<ProductOf<Pixels>, float, 1, V, kHalo>(acc + u * V * L, V * L, r.grad, r.in + u * r.in_row,
-                                                          r.in_row, r.n, r.steps);
+  if constexpr (!std::is_same_v<Pixels, GroupsPointer>) {
+    for (; u + U <= r.rows; u += U)
+      correlate_unit<ProductOf<Pixels>, float, U, V, kHalo>(acc + u * V * L, V * L, r.grad,
+                                                            r.in + u * r.in_row, r.in_row, r.n, r.steps);
+    for (; u < r.rows; ++u)
+      correlate_unit<ProductOf<Pixels>, float, 1, V, kHalo>(acc + u * V * L, V * L, r.grad,
+                                                            r.in + u * r.in_row, r.in_row, r.n, r.steps);
+  }
 }
 
 template <class Pixels>
@@ -122,31 +149,38 @@ void correlate_in_place(float* acc, int64_t taps, const RowPair<Pixels>& r) {
     case 5:
       return correlate_rows_in_place<5>(acc, r);
     default:
-      return correlate_rows_in_place<7>(acc, r);
+      if constexpr (!std::is_same_v<Pixels, GroupsPointer>) return correlate_rows_in_place<7>(acc, r);
   }
 }
 
-// What the row of grad_output after the one at `grads`, of `pixels` pixels, reads anew: `rows` rows from `in`
-// on.
+// What group g of `groups` asks for of the row of grad_output after the one at `grads`, of `pixels` pixels,
+// and of the `rows` rows from `in` on that it reads anew. Where that is little, each group asks for its own;
+// at a stride, all groups together in the order of addresses.
 template <class T>
 LKCONV_INLINE RowsAhead rows_ahead(const WeightProblem& p, const T* grads, const T* in, int64_t rows,
-                                   int64_t pixels) {
-  constexpr int64_t kSize = sizeof(T);
+                                   int64_t groups, int64_t g, int64_t together, int64_t pixels) {
   const TensorView &grad = p.grad_output, &input = p.input;
-  return {reinterpret_cast<const char*>(grads + grad.stride_h),
-          reinterpret_cast<const char*>(in),
-          grad.stride_w * kSize,
-          input.stride_w * kSize,
-          input.stride_h * kSize,
-          rows,
-          p.stride_w,
-          pixels};
+  RowsAhead ahead;
+  ahead.left = pixels;
+  if (!pixels) return ahead;
+  ahead.pixels = p.stride_w, ahead.lines = together;
+  ahead.rows = std::min(rows, RowsAhead::kMaxRows);
+  const bool shared = p.stride_w > 1;
+  const auto pixels_ahead = [&](const T* row, int64_t step, int64_t stride) {
+    return shared ? PixelsAhead(row - g * kElements<T>, step, groups, g * pixels * stride)
+                  : PixelsAhead(row, step);
+  };
+  ahead.grad = pixels_ahead(grads + grad.stride_h, grad.stride_w, 1);
+  for (int64_t r = 0; r < ahead.rows; ++r)
+    ahead.in[r] = pixels_ahead(in + r * input.stride_h, input.stride_w, p.stride_w);
+  return ahead;
 }
 
-// The sums of one image for `count` groups from channel c0 on, whose elements are next to each other.
+// The sums of one image for `count` groups from channel c0 on, whose elements are next to each other,
+// `together` groups at a time.
 template <class T>
-void correlate_image_in_place(const WeightProblem& p, float* sums, int64_t count, int64_t n, int64_t c0,
-                              bool request) {
+void correlate_image_in_place(const WeightProblem& p, float* sums, int64_t count, int64_t together, int64_t n,
+                              int64_t c0, bool request) {
   constexpr int64_t L = kElements<T>;
   const TensorView &in = p.input, &grad = p.grad_output;
   const int64_t taps = p.kernel_h * p.kernel_w;
@@ -155,21 +189,28 @@ void correlate_image_in_place(const WeightProblem& p, float* sums, int64_t count
     using Product = decltype(product);
     const int64_t top = y * p.stride_h - p.pad_h;
     const int64_t next = std::max<int64_t>(0, top + (p.kernel_h - 1) * p.dil_h + 1);
-    for (int64_t g = 0; g < count; ++g) {
+    for (int64_t g = 0; g < count; g += together) {
       const int64_t c = std::min(c0 + g * L, p.channels - L);
       const T* grads = element<T>(grad, n, c, y);
       const T* image = element<T>(in, n, c, 0);
       RowsAhead ahead = rows_ahead(p, grads, image + next * in.stride_h,
-                                   std::clamp<int64_t>(p.height - next, 0, p.stride_h),
+                                   std::clamp<int64_t>(p.height - next, 0, p.stride_h), count, g, together,
                                    request && y + 1 < p.out_height ? p.out_width : 0);
       const TensorSteps steps{grad.stride_w, in.stride_w, &ahead};
       const T* rows = image + (top + u0 * p.dil_h) * in.stride_h - p.pad_w * in.stride_w;
       float* acc = sums + g * taps * L + u0 * p.kernel_w * kLanes<float>;
       const auto add = [&](auto grad, auto in_rows, float* to) {
-        correlate_in_place<decltype(grad)>(
-            to, p.kernel_w,
-            {grad, in_rows, in.stride_h * p.dil_h, u1 - u0, p.out_width, p.width, p.stride_w, steps});
+        correlate_in_place<decltype(grad)>(to, p.kernel_w,
+                                           {grad, in_rows, in.stride_h * p.dil_h, u1 - u0, p.out_width,
+                                            p.width, p.stride_w, taps * kLanes<float>, steps});
       };
+#if LKCONV_VECTOR_REGISTERS >= 32
+      if constexpr (kFloatParts<T> == 1)
+        if (together == 2) {
+          add(GroupsPointer{grads}, GroupsPointer{rows}, acc);
+          continue;
+        }
+#endif
       const int64_t below = in.stride_h * p.stride_h;
       add(part_pointer<Product, 0>(grads, grad.stride_h), part_pointer<Product, 0>(rows, below), acc);
       if constexpr (kFloatParts<T> == 2)
@@ -193,7 +234,7 @@ void correlate_planes_in_place(const WeightProblem& p, float* sums, T* copies, i
   };
   gather(q.input, [&](int64_t i) { return (c + i) / p.channel_div; }, p.height, p.width);
   gather(q.grad_output, [&](int64_t i) { return c + i; }, p.out_height, p.out_width);
-  correlate_image_in_place<T>(q, sums, 1, 0, 0, false);
+  correlate_image_in_place<T>(q, sums, 1, 1, 0, 0, false);
 }
 #endif
 
@@ -207,7 +248,7 @@ void weight_in_place_of(const WeightProblem& p, const Plan& plan, float* partial
   const int64_t pixels = gathered ? p.height * p.width + p.out_height * p.out_width + 2 * kSlackPixels : 0;
   float* image = thread_scratch<float>(taps * L * plan.span + pixels * kLanes<float>);
   [[maybe_unused]] T* copies = reinterpret_cast<T*>(image + taps * L * plan.span);
-  const bool request = requests_rows(p, p.input.dtype);
+  const bool request = requests_weight_rows(p, p.input.dtype);
   for (int64_t task = task0; task < task1; ++task) {
     const int64_t g0 = task / plan.splits * plan.span, split = task % plan.splits;
     const int64_t count = std::min(plan.span, groups - g0), vectors = taps * kFloatParts<T> * count;
@@ -215,7 +256,7 @@ void weight_in_place_of(const WeightProblem& p, const Plan& plan, float* partial
     zero(total, vectors);
     const int64_t n0 = p.batch * split / plan.splits, n1 = p.batch * (split + 1) / plan.splits;
     for (int64_t n = n0; n < n1; ++n) {
-      if (!gathered) correlate_image_in_place<T>(p, image, count, n, g0 * L, request);
+      if (!gathered) correlate_image_in_place<T>(p, image, count, plan.together, n, g0 * L, request);
 #if LKCONV_AVX512
       for (int64_t g = 0; g < count && gathered; ++g)
         correlate_planes_in_place<T>(p, image + g * taps * L, copies, n,

@@ -42,14 +42,15 @@ LKCONV_INLINE VU32 put_together(const Vec<float>* part, bf16) {
   return (round_upper_half(part[0]) >> 16) | (round_upper_half(part[1]) & kUpperHalf);
 }
 #else
-// The parts of interleave_rows.
+// The parts of interleave_rows. The processor's own rounding takes subnormal numbers for zeros.
+LKCONV_INLINE VU32 put_together_normal(const Vec<float>* part) {
+  const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+  return (VU32)_mm512_permutexvar_epi64(order,
+                                        (__m512i)_mm512_cvtne2ps_pbh((__m512)part[1], (__m512)part[0]));
+}
+LKCONV_INLINE __mmask16 subnormal(Vec<float> v) { return _mm512_fpclass_ps_mask((__m512)v, 0x20); }
 LKCONV_INLINE VU32 put_together(const Vec<float>* part, bf16) {
-  const __m512 a = (__m512)part[0], b = (__m512)part[1];
-  // The processor's own rounding takes subnormal numbers for zeros.
-  if (__builtin_expect(!(_mm512_fpclass_ps_mask(a, 0x20) | _mm512_fpclass_ps_mask(b, 0x20)), 1)) {
-    const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
-    return (VU32)_mm512_permutexvar_epi64(order, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-  }
+  if (__builtin_expect(!(subnormal(part[0]) | subnormal(part[1])), 1)) return put_together_normal(part);
   return (VU32)_mm512_packus_epi32((__m512i)(round_upper_half(part[0]) >> 16),
                                    (__m512i)(round_upper_half(part[1]) >> 16));
 }
@@ -68,11 +69,15 @@ LKCONV_INLINE void store_whole(bf16* to, VU32 bits) {
 
 #if LKCONV_ROW_PAIRS
 // Two rows of pixels as pairs, or one as floats (its upper halves): a part has every other four elements.
-LKCONV_INLINE void interleave_rows(Vec<float> (&part)[2], Vec<u16> row, Vec<u16> below) {
-  part[0] = (Vec<float>)interleave<u16>(row, below, 1, false);
-  part[1] = (Vec<float>)interleave<u16>(row, below, 1, true);
-}
 LKCONV_INLINE Vec<u16> load_row(const bf16* from) { return load(&from->bits); }
+template <class Product>
+LKCONV_INLINE Vec<u16> first_row(const bf16* at) {
+  return Product::kRows == 2 ? load_row(at) : Vec<u16>{};
+}
+template <class Product>
+LKCONV_INLINE Vec<u16> second_row(const bf16* at, const bf16* below) {
+  return load_row(Product::kRows == 2 ? below : at);
+}
 #endif
 // Which element lane `lane` of a part is, where pixels are pairs of rows and where they are not.
 constexpr int64_t element_of_part(bool paired, int64_t part, int64_t lane, int64_t parts) {
@@ -81,12 +86,12 @@ constexpr int64_t element_of_part(bool paired, int64_t part, int64_t lane, int64
 
 // Pixels of a step over rows, from the row at `at` and, if two are multiplied at once, the one at `below`.
 template <class Product, int P, class T>
-LKCONV_INLINE void take_pixels(Vec<float> (&part)[P], const T* at, const T* below) {
+LKCONV_INLINE void take_pixels(Vec<float> (&part)[P], const T* at, [[maybe_unused]] const T* below) {
 #if LKCONV_ROW_PAIRS
-  if constexpr (Product::kRows == 2)
-    interleave_rows(part, load_row(at), load_row(below));
-  else
-    interleave_rows(part, Vec<u16>{}, load_row(at));
+  const Vec<u16> first = first_row<Product>(at);
+  Vec<u16> second = second_row<Product>(at, below);
+  keep(second);
+  for (int q = 0; q < P; ++q) part[q] = (Vec<float>)interleave<u16>(first, second, 1, q);
 #else
   take_apart(part, load_whole(at));
 #endif
@@ -100,9 +105,7 @@ LKCONV_INLINE Vec<float> take_part(const float* at, const float*) {
 template <class Product, int kPart>
 LKCONV_INLINE Vec<float> take_part(const bf16* at, [[maybe_unused]] const bf16* below) {
 #if LKCONV_ROW_PAIRS
-  Vec<float> part[2];
-  take_pixels<Product>(part, at, below);
-  return part[kPart];
+  return (Vec<float>)interleave<u16>(first_row<Product>(at), second_row<Product>(at, below), 1, kPart);
 #else
   const VU32 bits = load_whole(at);
   return (Vec<float>)(kPart ? bits & kUpperHalf : bits << 16);

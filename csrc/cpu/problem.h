@@ -27,6 +27,8 @@ struct Plan {
   int64_t batch_rows = 1;          // direct: output rows computed between loading and storing
   int64_t span = 1;                // direct: channel groups handled together
   int64_t block = 0;               // planar: which of kPlanarBlocks; direct: outputs per block, if in place
+  int64_t short_block = 0;         // direct in place: of columns that the dilation leaves one output fewer
+  int64_t together = 1;            // direct in place: channel groups whose sums registers hold together
   bool in_place = false;           // direct, planar: tensors are read where they are
   Gather gather = Gather::none;    // direct in place: what is copied first
   bool paired = false;             // direct: products are of two rows of bfloat16 at once (row_products.h)
@@ -102,28 +104,42 @@ inline bool odd_rows(const Geometry& p) {
   return p.kernel_h > 0 && p.height > 0 && p.width > 0 && p.dil_w == 1 && narrow_rows(p);
 }
 
-constexpr int64_t kMaxStridedBlock = 8;
+// Pixels this far apart lie on a few pages of memory each; multiples of this far, in few sets of a cache.
+constexpr int64_t kFarPixelBytes = 1024, kFewSetsBytes = 2048;
 
-// Outputs per register block for rows that are read in place, where blocks are evenly apart and only the
-// first and the last may touch the halo; 0: no block size is possible.
-inline int64_t in_place_block(const Geometry& p, bool many_registers, int64_t parts) {
+// Whether rows and columns had better be exchanged: a tall strip of a kernel over channels_last pixels, which
+// then is a row of taps that registers hold.
+inline bool is_tall_strip(const Geometry& p) {
+  return p.adjacent && !p.rows && p.kernel_w == 1 && p.kernel_h > 7 && p.stride_h == 1 && p.dil_h == 1 &&
+         p.phases == 1;
+}
+
+constexpr int64_t kMaxStridedBlock = 8;
+constexpr int64_t kLeastWideBlock = 3;  // of 5 and 7 taps in a row
+
+// Whether a block of x outputs is compiled, whose sums are `vectors` of floats each, in place.
+inline bool is_block(const Geometry& p, int64_t x, int64_t vectors) {
+  if (!narrow_rows(p)) return (x >= 7 || x == 4) && x <= p.kernel_w + 1;
+  if (vectors > 1) return x <= (p.kernel_w > 5 ? 7 : 8);  // taps of all vectors are in registers too
+  return x <= 8 || x == 14;
+}
+
+// Outputs per register block for `width` of a row's outputs, which the dilation keeps apart from the others,
+// where tensors are read in place. Blocks are evenly apart, and only the first and the last may touch the
+// halo; 0: no block size is possible.
+inline int64_t in_place_block(const Geometry& p, int64_t width, bool many_registers, int64_t vectors) {
   const bool narrow = narrow_rows(p);
-  const bool both_parts = parts > 1 && p.kernel_w == 1;  // at once
-  const int64_t most = p.stride_w == 2                 ? kMaxStridedBlock
-                       : !many_registers || both_parts ? (narrow ? 8 : 10)
-                                                       : 14;
-  const int64_t least = narrow && p.kernel_w > 3 && p.stride_w == 1 ? 4 : narrow ? 2 : 4;
-  const int64_t widest = ceil_div(p.out_width, p.dil_w), narrowest = p.out_width / p.dil_w;
-  const auto fits = [&](int64_t width, int64_t x) {
+  const int64_t most = p.stride_w == 2 ? kMaxStridedBlock : many_registers ? 14 : narrow ? 8 : 10;
+  const int64_t least = !narrow ? 4 : p.kernel_w > 3 && p.stride_w == 1 ? kLeastWideBlock : 2;
+  const auto inner_blocks_miss_the_halo = [&](int64_t x) {
     const int64_t blocks = ceil_div(width, x);
     return blocks == 1 || !narrow || (width - x) / (blocks - 1) * p.stride_w >= p.kernel_w / 2;
   };
   int64_t best = 0, best_cost = 0;
-  for (int64_t x : {14, 12, 10, 8, 7, 4, 3, 2}) {
-    if (x > most || x < least || x > narrowest || (narrow ? x == 12 || x == 10 : x > p.kernel_w + 1))
-      continue;
-    const int64_t cost = ceil_div(widest, x) * (x + 2);
-    if (!fits(widest, x) || !fits(narrowest, x)) continue;
+  for (int64_t x : {14, 12, 10, 8, 7, 6, 5, 4, 3, 2}) {
+    if (x > most || x < least || x > width) continue;
+    if (!is_block(p, x, vectors) || !inner_blocks_miss_the_halo(x)) continue;
+    const int64_t cost = ceil_div(width, x) * (x + 2);
     if (!best || cost < best_cost) best = x, best_cost = cost;
   }
   return best;
