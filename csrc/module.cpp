@@ -169,14 +169,19 @@ std::vector<py::dict> plan(const std::string& pass_name, std::array<int64_t, 4> 
   g.adjacent = channels_last && p.multiplier == 1;
   g.dense = dense;
   g.rows = !channels_last || g.channels == 1;
-  if (pass != Pass::backward_weight && cpu::is_tall_strip(g)) exchange_axes(g);
+  const bool exchanged = pass != Pass::backward_weight && cpu::is_tall_strip(g);
+  if (exchanged) exchange_axes(g);
   cpu::Machine machine = cpu::machine_for(parse_isa(isa), threads);
   if (bf16_pairs) machine.bf16_pairs = *bf16_pairs && machine.isa == cpu::Isa::avx512;
   cpu::Switches switches{.fft = fft, .aten = aten};
   if (!only.empty()) switches.only = parse_algorithm(only);
   std::vector<py::dict> out;
-  for (const Candidate& c : cpu::plan_depthwise_conv2d(pass, g, reduce, dtype, machine, switches))
-    out.push_back(to_dict(c));
+  for (const Candidate& c : cpu::plan_depthwise_conv2d(pass, g, reduce, dtype, machine, switches)) {
+    py::dict d = to_dict(c);
+    d["exchanged"] = exchanged;
+    if (exchanged) d["tile"] = py::make_tuple(c.plan.tile_w, c.plan.tile_h);
+    out.push_back(d);
+  }
   return out;
 }
 

@@ -23,9 +23,10 @@ class PassPlan:
     ``tile`` is rows by columns (Triton: the sides of a block); ``block`` says what a block of threads does
     with such tiles (CUDA). ``flops`` and ``scratch_bytes`` are those of the whole call, all stride phases
     together; scratch on a CPU is that of one thread. ``in_place`` says that tensors are read where they are,
-    without copies in scratch; ``paired`` that products are of two kernel rows of bfloat16 at once.
-    ``alternatives`` are the other algorithms of the same backend, each with the
-    reason why it was not taken.
+    without copies in scratch; ``copied`` that they are so after a copy, of "pixels" or of transposed
+    "planes"; ``swept`` that planes are summed row after row; ``paired`` that products are of two kernel rows
+    of bfloat16 at once; ``exchanged`` that a tall strip is computed as a row, with rows and columns exchanged.
+    ``alternatives`` are the other algorithms of the same backend, each with the reason why it was not taken.
     """
 
     algorithm: str
@@ -35,15 +36,24 @@ class PassPlan:
     scratch_bytes: int
     alternatives: Alternatives
     in_place: bool = False
+    copied: str = ""
+    swept: bool = False
     paired: bool = False
+    exchanged: bool = False
     block: str | None = None
 
     def __str__(self) -> str:
         parts = [self.algorithm]
         if self.in_place:
             parts.append("in place")
+        if self.copied:
+            parts.append(f"{self.copied} copied")
+        if self.swept:
+            parts.append("row after row")
         if self.paired:
             parts.append("two rows at once")
+        if self.exchanged:
+            parts.append("rows and columns exchanged")
         if self.tile is not None:
             parts.append(f"tile {self.tile[0]}x{self.tile[1]}")
         if self.block is not None:
@@ -178,7 +188,10 @@ def _plan(
         scratch_bytes=taken["scratch_bytes"],
         alternatives=tuple((c["algorithm"], _why_not(backend, c, taken)) for c in others),
         in_place=taken.get("in_place", False),
+        copied=taken.get("copied", ""),
+        swept=bool(taken.get("swept", 0)),
         paired=taken.get("paired", False),
+        exchanged=taken.get("exchanged", False),
         block=_block(taken) if backend == "cuda" else None,
     )
 

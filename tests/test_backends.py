@@ -305,6 +305,23 @@ def test_explain_report():
         assert any(line.startswith(f"{name}: ") for line in lines)
 
 
+def test_explain_says_how_tensors_are_read():
+    def read(size, kernel, layout=torch.contiguous_format, **options):
+        x = torch.zeros(size).to(memory_format=layout)
+        weight = torch.zeros(size[1], 1, *kernel)
+        plan = lkconv.explain(x, weight, padding=tuple(k // 2 for k in kernel), **options).passes["forward"]
+        return plan, str(plan)
+
+    strip, line = read((8, 64, 20, 28), (27, 1), torch.channels_last)
+    assert strip.exchanged and strip.tile[0] == 20 and "rows and columns exchanged" in line
+    plane, line = read((8, 768, 7, 7), (7, 7))
+    assert (plane.copied == "planes") == ("planes copied" in line)
+    sweep, line = read((8, 8, 56, 56), (3, 3))
+    assert sweep.swept == ("row after row" in line)
+    if lkconv._C.active_isa() == "avx512":
+        assert plane.copied and sweep.swept
+
+
 @pytest.mark.parametrize(
     "switch, algorithm",
     [({}, "fft"), ({"LKCONV_FFT": "0"}, "not fft"), ({"LKCONV_ALGORITHM": "direct"}, "direct")],
