@@ -25,7 +25,7 @@ class PassPlan:
     together; scratch on a CPU is that of one thread. ``in_place`` says that tensors are read where they are,
     without copies in scratch; ``copied`` that they are so after a copy, of "pixels" or of transposed
     "planes"; ``swept`` that planes are summed row after row; ``paired`` that products are of two kernel rows
-    of bfloat16 at once; ``exchanged`` that a tall strip is computed as a row, with rows and columns exchanged.
+    of bfloat16 at once; ``exchanged`` that a tall strip is computed as a row, rows and columns exchanged.
     ``alternatives`` are the other algorithms of the same backend, each with the reason why it was not taken.
     """
 
