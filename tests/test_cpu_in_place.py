@@ -73,10 +73,10 @@ CHANNELS_LAST = [
     same((1, 32, 3, 24), (5, 5)),
     # Tall strips, whose rows and columns are exchanged.
     same((2, 64, 14, 9), (27, 1)),
-    same((1, 1, 12, 9), (9, 1)),
-    Case((1, 40, 12, 7), (10, 1), padding=(3, 0)),
-    Case((2, 35, 9, 6), (11, 1), padding=(5, 2), bias=False),
-    Case((1, 32, 30, 5), (9, 1), padding=(4, 0), stride=(1, 2)),
+    same((1, 1, 14, 9), (13, 1)),
+    Case((1, 40, 16, 7), (14, 1), padding=(3, 0)),
+    Case((2, 35, 9, 6), (13, 1), padding=(6, 2), bias=False),
+    Case((1, 32, 30, 5), (13, 1), padding=(6, 0), stride=(1, 2)),
 ]
 # Rows of one pixel up to several vectors, for one plane and many; kernels of all of planar's blocks.
 CONTIGUOUS = [

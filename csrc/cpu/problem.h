@@ -110,7 +110,7 @@ constexpr int64_t kFarPixelBytes = 1024, kFewSetsBytes = 2048;
 // Whether rows and columns had better be exchanged: a tall strip of a kernel over channels_last pixels, which
 // then is a row of taps that registers hold.
 inline bool is_tall_strip(const Geometry& p) {
-  return p.adjacent && !p.rows && p.kernel_w == 1 && p.kernel_h > 7 && p.stride_h == 1 && p.dil_h == 1 &&
+  return p.adjacent && !p.rows && p.kernel_w == 1 && p.kernel_h > 11 && p.stride_h == 1 && p.dil_h == 1 &&
          p.phases == 1;
 }
 

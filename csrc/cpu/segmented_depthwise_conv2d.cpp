@@ -86,6 +86,7 @@ bool convolve_slices(const std::vector<ChannelSlice>& slices, const Machine& m, 
     channels += s.p.channels;
     if (!s.weight.data) continue;
     const ForwardProblem f = forward_between(s.p, s.input, s.weight, s.bias, s.output);
+    if (is_tall_strip(f)) return false;  // whose rows are columns of the blocks
     convolutions.push_back({f, plan_forward(f, m)});
     cycles += convolutions.back().plan.cycles;
   }
