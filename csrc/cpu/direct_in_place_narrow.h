@@ -5,6 +5,7 @@
 
 namespace lkconv::cpu::LKCONV_ISA {
 
+// The vectors of a pixel that a block sums, and where their sums go.
 template <class Product, int Q, class T>
 LKCONV_INLINE void take_vectors(Vec<float> (&p)[Q], const T* at, [[maybe_unused]] const T* below) {
   if constexpr (kFloatParts<T> == Q) {

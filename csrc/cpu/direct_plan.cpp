@@ -38,7 +38,6 @@ constexpr double kSplitPixel[2] = {1.5, 2.5}, kSplitColumn = 1, kRoundSums[2] = 
 // Pixels this far apart share one set of a first-level cache, which holds fewer than a block of outputs
 // reads: each tap costs so many times as much, in the passes that write a tensor and in backward_weight.
 constexpr int64_t kAliasedBytes = 4096;
-constexpr int64_t kSharedBytes = 24 << 20;
 constexpr double kAliasedTap[2] = {1.5, 4.5};
 
 // Rows of at least `least` outputs, then spans, are cut until every one of the threads has work.
@@ -74,9 +73,8 @@ int64_t bytes_of_rows(const Geometry& g, int64_t bytes_of_pixel) {
 // Whether a task should take few groups, so that these rows stay in a first-level cache. Tensors beyond the
 // core's own caches are read faster in longer runs of memory.
 bool keeps_rows_near(const Geometry& g, int64_t bytes_of_pixel) {
-  const int64_t pixels = g.height * g.width + g.out_height * g.out_width;
   return g.kernel_h > 1 && g.stride_h == 1 && g.dil_h == 1 &&
-         g.batch * g.channels * pixels * int64_t(sizeof(float)) <= kNearBytes &&
+         bytes_of_tensors(g, sizeof(float)) <= kNearBytes &&
          kNearSpan * bytes_of_rows(g, bytes_of_pixel) <= kNearRowsBytes;
 }
 
@@ -143,12 +141,12 @@ std::optional<Gather> gather_for(Pass pass, const Geometry& g, const Machine& m,
 // neighbours of a line, which processors load along with it, are gone before their group's turn; and at a
 // stride, whose blocks read more lines, unless memory is slower than all of that.
 bool shares_blocks(const Geometry& g, const Plan& p) {
-  const int64_t apart = g.channels * int64_t(sizeof(float));
-  const int64_t bytes = g.batch * (g.height * g.width + g.out_height * g.out_width) * apart;
+  constexpr int64_t kSize = sizeof(float);
   if (!g.adjacent || p.gather != Gather::none || !narrow_rows(g) || g.kernel_w > kMaxSharedWidth)
     return false;
   if (g.channels % (2 * p.lanes) || p.span % 2) return false;
-  return g.stride_w > 1 ? bytes <= kSharedBytes : apart % kFewSetsBytes == 0;
+  return g.stride_w > 1 ? bytes_of_tensors(g, kSize) <= kCachedBytes
+                        : g.channels * kSize % kFewSetsBytes == 0;
 }
 
 // A last group that is not full computes outputs of the one before it again: they must share a task.

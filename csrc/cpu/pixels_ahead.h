@@ -19,12 +19,11 @@ LKCONV_INLINE bool requests_rows(const Geometry& p, DType dtype) {
 // a core's own; but a new output rarely is there, and stores wait for each other, unless much is computed for
 // each. Pixels that fall in few sets of a cache are gone before they are used.
 enum class Ahead { nothing, outputs, all };
-constexpr int64_t kOutputsAheadBytes[2] = {2 << 20, 16 << 20}, kAllAheadBytes = 24 << 20;
+constexpr int64_t kOutputsAheadBytes[2] = {2 << 20, 16 << 20};
 constexpr int64_t kOutputsAheadTaps = 25;
 LKCONV_INLINE Ahead requests_ahead(const Geometry& p, DType dtype) {
-  const int64_t pixels = p.height * p.width + p.out_height * p.out_width;
-  const int64_t pixel = p.channels * dtype_size(dtype), bytes = p.batch * pixels * pixel;
-  if (bytes >= kAllAheadBytes) return Ahead::all;
+  const int64_t pixel = p.channels * dtype_size(dtype), bytes = bytes_of_tensors(p, dtype_size(dtype));
+  if (bytes >= kCachedBytes) return Ahead::all;
   const bool little = p.stride_w == 1 && p.kernel_h * p.kernel_w <= kOutputsAheadTaps;
   return little && bytes >= kOutputsAheadBytes[pixel % kFewSetsBytes == 0] ? Ahead::outputs : Ahead::nothing;
 }
@@ -32,8 +31,7 @@ LKCONV_INLINE Ahead requests_ahead(const Geometry& p, DType dtype) {
 // The same for backward_weight, which writes little: rows of bfloat16 take longer than memory does.
 constexpr int64_t kWeightAheadBytes[2] = {8 << 20, 12 << 20}, kHalfWeightAheadBytes = 64 << 20;
 LKCONV_INLINE bool requests_weight_rows(const Geometry& p, DType dtype) {
-  const int64_t pixels = p.height * p.width + p.out_height * p.out_width;
-  const int64_t pixel = p.channels * dtype_size(dtype), bytes = p.batch * pixels * pixel;
+  const int64_t pixel = p.channels * dtype_size(dtype), bytes = bytes_of_tensors(p, dtype_size(dtype));
   return bytes >= (dtype == DType::bf16 ? kHalfWeightAheadBytes : kWeightAheadBytes[pixel >= kFarPixelBytes]);
 }
 

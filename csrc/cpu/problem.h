@@ -106,12 +106,19 @@ inline bool odd_rows(const Geometry& p) {
 
 // Pixels this far apart lie on a few pages of memory each; multiples of this far, in few sets of a cache.
 constexpr int64_t kFarPixelBytes = 1024, kFewSetsBytes = 2048;
+// Input and output together, of elements of so many bytes; beyond the limit they come from memory.
+constexpr int64_t kCachedBytes = 24 << 20;
+inline int64_t bytes_of_tensors(const Geometry& p, int64_t element) {
+  return p.batch * p.channels * (p.height * p.width + p.out_height * p.out_width) * element;
+}
 
 // Whether rows and columns had better be exchanged: a tall strip of a kernel over channels_last pixels, which
-// then is a row of taps that registers hold.
+// then is a row of taps that registers hold. Shorter ones gain little (bfloat16 nothing), and as they are
+// they can be segments of one pass over the channels (segmented_depthwise_conv2d.h), with the same result.
+constexpr int64_t kShortStrip = 11;
 inline bool is_tall_strip(const Geometry& p) {
-  return p.adjacent && !p.rows && p.kernel_w == 1 && p.kernel_h > 11 && p.stride_h == 1 && p.dil_h == 1 &&
-         p.phases == 1;
+  return p.adjacent && !p.rows && p.kernel_w == 1 && p.kernel_h > kShortStrip && p.stride_h == 1 &&
+         p.dil_h == 1 && p.phases == 1;
 }
 
 constexpr int64_t kMaxStridedBlock = 8;
