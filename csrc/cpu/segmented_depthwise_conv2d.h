@@ -16,8 +16,8 @@ struct ChannelSlice {
 };
 
 // Fills every slice of a channels_last output, slices that lie side by side in order, all slices of a block
-// of rows or images before the next block. False, and nothing done, for other layouts and where there are too
-// few blocks for every thread.
+// of rows or images before the next block. False, and nothing done, for other layouts, for tall strips, whose
+// rows are columns of the blocks, and where there are too few blocks for every thread.
 bool convolve_slices(const std::vector<ChannelSlice>& slices, const Machine& m, const ParallelFor& parallel);
 
 }  // namespace lkconv::cpu

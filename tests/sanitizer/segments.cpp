@@ -64,6 +64,7 @@ bool run(uint64_t seed) {
   std::vector<std::vector<Buffer>> own(splits.size());  // weight and bias of those that have one
   std::vector<ChannelSlice> slices;
   int64_t first = 0;
+  bool tall = false;  // whose rows and columns are exchanged: left to convolutions of their own
   for (size_t s = 0; s < splits.size(); ++s) {
     ConvParams p{};
     p.batch = size[0], p.channels = splits[s], p.multiplier = 1;
@@ -76,6 +77,7 @@ bool run(uint64_t seed) {
       own[s].emplace_back(random, Size{1, splits[s], p.kernel_h, p.kernel_w}, dtype, true);
       own[s].emplace_back(random, Size{1, splits[s], 1, 1}, dtype, true);
       slice.p = p, slice.weight = own[s][0].view;
+      tall = tall || (p.kernel_w == 1 && p.kernel_h > kShortStrip);
       if (random.chance(0.5))
         slice.bias = own[s][1].view;
       else
@@ -86,7 +88,8 @@ bool run(uint64_t seed) {
   }
   const int64_t threads = random(1, 3);
   const Machine m = machine_for(Isa(random(0, int(detected_isa()))), threads);
-  if (!convolve_slices(slices, m, threads_of(threads))) return threads > 1 && output.gaps_untouched();
+  if (!convolve_slices(slices, m, threads_of(threads)))
+    return (threads > 1 || tall) && output.gaps_untouched();
   first = 0;
   for (size_t s = 0; s < splits.size(); first += splits[s++])
     if (!right(input, own[s].empty() ? nullptr : &own[s][0], own[s].size() < 2 ? nullptr : &own[s][1], output,
