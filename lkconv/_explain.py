@@ -24,7 +24,8 @@ class PassPlan:
     with such tiles (CUDA). ``flops`` and ``scratch_bytes`` are those of the whole call, all stride phases
     together; scratch on a CPU is that of one thread. ``in_place`` says that tensors are read where they are,
     without copies in scratch; ``copied`` that they are so after a copy, of "pixels" or of transposed
-    "planes"; ``swept`` that planes are summed row after row; ``paired`` that products are of two kernel rows
+    "planes"; ``swept`` that planes are summed row after row; ``flat`` that the outputs of copied planes are
+    counted through, whatever their width; ``paired`` that products are of two kernel rows
     of bfloat16 at once; ``exchanged`` that a tall strip is computed as a row, rows and columns exchanged.
     ``alternatives`` are the other algorithms of the same backend, each with the reason why it was not taken.
     """
@@ -38,6 +39,7 @@ class PassPlan:
     in_place: bool = False
     copied: str = ""
     swept: bool = False
+    flat: bool = False
     paired: bool = False
     exchanged: bool = False
     block: str | None = None
@@ -50,6 +52,8 @@ class PassPlan:
             parts.append(f"{self.copied} copied")
         if self.swept:
             parts.append("row after row")
+        if self.flat:
+            parts.append("outputs counted through")
         if self.paired:
             parts.append("two rows at once")
         if self.exchanged:
@@ -190,6 +194,7 @@ def _plan(
         in_place=taken.get("in_place", False),
         copied=taken.get("copied", ""),
         swept=bool(taken.get("swept", 0)),
+        flat=taken.get("flat", False),
         paired=taken.get("paired", False),
         exchanged=taken.get("exchanged", False),
         block=_block(taken) if backend == "cuda" else None,

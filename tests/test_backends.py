@@ -318,8 +318,10 @@ def test_explain_says_how_tensors_are_read():
     assert (plane.copied == "planes") == ("planes copied" in line)
     sweep, line = read((8, 8, 56, 56), (3, 3))
     assert sweep.swept == ("row after row" in line)
+    flat, line = read((8, 96, 14, 14), (3, 3))
+    assert flat.flat == ("outputs counted through" in line)
     if lkconv._C.active_isa() == "avx512":
-        assert plane.copied and sweep.swept
+        assert plane.copied and sweep.swept and flat.flat
 
 
 @pytest.mark.parametrize(

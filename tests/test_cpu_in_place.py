@@ -143,6 +143,24 @@ CONTIGUOUS = [
     same((3, 40, 60, 60), (3, 3)),
 ]
 
+# Planes whose outputs are counted through: every kernel of that kind, with planes of less than a vector and
+# of an odd number of them, and rows that begin anywhere in one.
+FLAT = [
+    Case((2, 3, *side), (kh, kw), padding=(kh // 2, kw // 2))
+    for kh in range(1, 8)
+    for kw, side in zip((1, 3, 5, 7), ((5, 1), (7, 9), (13, 18), (10, 21)), strict=True)
+] + [
+    same((1, 2, 1, 1), (3, 3)),
+    same((3, 5, 3, 4), (7, 7)),
+    same((2, 3, 14, 14), (3, 3), dilation=(4, 4), bias=False),
+    same((1, 3, 6, 20), (5, 3), dilation=(5, 7)),
+    same((2, 2, 17, 18), (5, 5), dilation=(3, 3)),
+    Case((1, 4, 9, 12), (3, 3), padding=(0, 1)),
+    Case((2, 3, 5, 11), (3, 5), padding=(6, 2), bias=False),
+    Case((1, 3, 8, 10), (3, 3), padding=(1, 1), multiplier=2),
+    same((2, 600, 14, 14), (3, 3)),  # large enough to ask for outputs ahead
+]
+
 all_passes = pytest.mark.parametrize("pass_name", accuracy.PASSES)
 all_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -164,6 +182,14 @@ def test_channels_last(case, layout, dtype, pass_name):
     "layout", ["contiguous", "spatial_slice", "misaligned", "expanded_batch_and_channels"]
 )
 def test_contiguous(case, layout, dtype, pass_name):
+    accuracy.check(pass_name, case, cases.make_tensors(case, dtype, layout))
+
+
+@pytest.mark.parametrize("pass_name", ["forward", "backward_input"])
+@all_dtypes
+@pytest.mark.parametrize("case", FLAT, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "spatial_slice", "expanded_batch_and_channels"])
+def test_outputs_counted_through(case, layout, dtype, pass_name):
     accuracy.check(pass_name, case, cases.make_tensors(case, dtype, layout))
 
 

@@ -34,6 +34,9 @@ struct Kernels {
   void (*forward_planar)(const PlanarProblem&, const Plan&, int64_t task0, int64_t task1);
   // Its sums with the pixels read in place; null where there are no masked loads.
   void (*forward_pixels)(const PlanarProblem&, const Plan&, int64_t task0, int64_t task1);
+  // Its sums of planes whose outputs are counted through; null there as well.
+  void (*forward_flat_f32)(const ForwardProblem&, const Plan&, int64_t task0, int64_t task1);
+  void (*forward_flat_bf16)(const ForwardProblem&, const Plan&, int64_t task0, int64_t task1);
   void (*forward_fft)(const ForwardProblem&, const Plan&, int64_t task0, int64_t task1);
   void (*weight_direct_f32)(const WeightProblem&, const Plan&, float* partial, int64_t task0, int64_t task1);
   void (*weight_direct_f64)(const WeightProblem&, const Plan&, double* partial, int64_t task0, int64_t task1);

@@ -8,6 +8,7 @@
 #include "direct_weight.h"
 #include "planar.h"
 #include "planar_in_place_task.h"
+#include "planar_flat.h"
 #include "planar_weight.h"
 #include "fft.h"
 #include "fft_conv.h"
@@ -28,7 +29,11 @@ inline constexpr Kernels kKernels = {
     forward_planar,
 #if LKCONV_AVX512
     forward_pixels,
+    forward_flat<float>,
+    forward_flat<bf16>,
 #else
+    nullptr,
+    nullptr,
     nullptr,
 #endif
     forward_fft,

@@ -32,6 +32,8 @@ const Kernels* kernels_avx512();
 #include "lanes_io.h"
 #include "direct.h"
 #include "direct_weight.h"
+#include "planar.h"
+#include "planar_flat.h"
 #pragma GCC pop_options
 
 namespace lkconv::cpu {
@@ -39,6 +41,7 @@ const Kernels* kernels_avx512_bf16() {
   static const Kernels kernels = [] {
     Kernels k = *kernels_avx512();
     k.forward_direct_pairs = avx512_row_pairs::forward_in_place<avx512_row_pairs::bf16>;
+    k.forward_flat_bf16 = avx512_row_pairs::forward_flat<avx512_row_pairs::bf16>;
     k.weight_direct_pairs = avx512_row_pairs::weight_direct<float>;
     return k;
   }();

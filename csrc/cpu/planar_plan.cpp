@@ -2,13 +2,15 @@
 
 #include <limits>
 
+#include "costs.h"
+
 namespace lkconv::cpu {
 namespace {
 
 constexpr int64_t kNearBytes = 16 << 10;  // a window that stays in a first-level cache ...
 constexpr int64_t kFarBytes = 256 << 10;  // ... and in a second-level cache, for tall kernels
 
-// Counts that the planner scales to cycles.
+// Counts that costs.h scales to cycles.
 constexpr double kLoad = 0.55;  // a vector of pixels, mostly across two cache lines, beside a multiply-add
 constexpr double kStridedLoads = 1.8;  // one for each product, in the same terms
 constexpr double kBlock = 25;          // a block's call, its sums in and out
@@ -19,6 +21,12 @@ constexpr double kPixelLoad = 1.9;  // in place most loads cross a cache line, w
 constexpr double kPixelBlock = 40;
 constexpr double kPixelPlane = 30;
 constexpr double kSweptProduct = 0.85, kSweptRow = 8;
+// A flat vector of outputs: its products, of taps in registers or not, columns to move and the rest of it.
+constexpr double kFlatProduct = 0.45, kFlatLoadedTap = 0.8, kFlatBf16Product = 0.7, kFlatColumn = 0.7,
+                 kFlatVector = 4.6, kFlatPlane = 20, kFlatTap = 1.5;
+constexpr double kFlatPixel = 0.00075;  // of a plane, as it outgrows the nearest cache
+// Those are cycles; in the terms above, by measurement at the edge between the two:
+constexpr double kFlatFloats = 1.4, kFlatBf16 = 1.1;
 constexpr int64_t kLeastSweptRows = 3, kMaxSweptFloatRows = 6, kMaxSweptColumns = 16;
 constexpr double kSplit = 2;   // taking a vector of bfloat16 apart ...
 constexpr double kRound = 14;  // ... and putting one together
@@ -165,7 +173,7 @@ const char* planar_weight_plan(const Geometry& g, DType dtype, const Machine& m,
   const double planes = double(g.batch * g.channels);
   plan.flops = 2 * double(plan.lanes) * planes * double(ceil_div(g.out_width, plan.lanes) * g.out_height) *
                double(g.kernel_h * g.kernel_w);
-  plan.cycles = planes * cycles_of_weight(g, plan);
+  plan.cycles = costs_on(m).planar * planes * cycles_of_weight(g, plan);
   return nullptr;
 }
 
@@ -234,6 +242,39 @@ Count cost_of_sweeps(const Geometry& g, DType dtype, const Machine& m, Plan& p) 
   return c;
 }
 
+// One plane's cycles from its counts, with what tensors take that are not copied with the sums.
+double weighed(const Geometry& g, int64_t reduce, DType dtype, const Machine& m, const Plan& p) {
+  const Costs& c = costs_on(m);
+  if (p.flat) return c.planar * p.cycles;
+  const double vectors = double(reduce * g.height * ceil_div(g.width, m.lanes_f32)) / double(g.phases) +
+                         double(g.out_height * ceil_div(g.out_width, m.lanes_f32));
+  const double move = planar_pairs(g, reduce, p) ? c.pixel_move / 2
+                      : p.in_place               ? c.pixel_move
+                                                 : c.planar_move;
+  const double cycles = c.planar * p.cycles + move * vectors;
+  return p.in_place && dtype == DType::bf16 && g.phases == 1 ? cycles * c.planar_halves[g.stride_w > 1]
+                                                             : cycles;
+}
+
+// A vector of outputs, whose columns of taps are moved and joined, for each of the plane.
+Count cost_of_flat(const Geometry& g, DType dtype, const Machine& m, Plan& p) {
+  p.lanes = m.lanes_f32;
+  p.tile_h = g.out_height;
+  p.paired = dtype == DType::bf16 && m.bf16_pairs && g.kernel_h > 1;
+  const int64_t products = (p.paired ? ceil_div(g.kernel_h, 2) : g.kernel_h) * g.kernel_w;
+  const double product = dtype == DType::bf16              ? kFlatBf16Product
+                         : products + 3 * g.kernel_w <= 30 ? kFlatProduct
+                                                           : kFlatLoadedTap;
+  const double once = product * double(products) + kFlatColumn * double(g.kernel_w - 1) + kFlatVector +
+                      kFlatPixel * double(g.out_height * g.width);
+  const double vectors = double(ceil_div(g.out_height * g.width, p.lanes));
+  Count c;
+  c.products = vectors * double(g.kernel_h * g.kernel_w);
+  p.cycles = (dtype == DType::bf16 ? kFlatBf16 : kFlatFloats) *
+             (vectors * once + kFlatPlane + kFlatTap * double(g.kernel_h * g.kernel_w));
+  return c;
+}
+
 }  // namespace
 
 int64_t swept_vectors(const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
@@ -268,6 +309,30 @@ SweepSizes sweep_sizes(const Geometry& g, const Plan& plan) {
   s.blocks = bytes(blocks, size_t(kSweepBlockBytes));
   s.masks = bytes(blocks * g.kernel_w * plan.swept, sizeof(uint32_t));
   s.bytes = s.columns + s.blocks + s.masks + bytes(2 * g.kernel_h * g.kernel_w, sizeof(float));
+  return s;
+}
+
+bool is_flat(const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
+  if (m.isa < Isa::avx512 || (dtype != DType::f32 && dtype != DType::bf16)) return false;
+  if (g.phases != 1 || g.stride_h != 1 || g.stride_w != 1 || reduce != 1) return false;
+  if (g.kernel_h < 1 || g.kernel_h > kMostFlatTaps || g.kernel_w % 2 == 0 || g.kernel_w > kMostFlatTaps)
+    return false;
+  return g.pad_h >= 0 && g.width == g.out_width && g.pad_w == g.dil_w * (g.kernel_w / 2) &&
+         2 * g.pad_w < m.lanes_f32;  // columns of taps are moved from a vector to the one before
+}
+
+FlatSizes flat_sizes(const Geometry& g, int64_t element) {
+  constexpr int64_t kLanes = 16, kLine = 64;
+  const int64_t line = kLine / element, rows = g.out_height + (g.kernel_h - 1) * g.dil_h;
+  const int64_t pixels = g.out_height * g.width, vectors = ceil_div(pixels, kLanes);
+  FlatSizes s{};
+  s.rows = std::clamp<int64_t>(rows - g.pad_h, 0, g.height);
+  s.image = round_up(g.pad_h * g.width + g.pad_w, line);
+  // The sums of a vector more than there are, and of two at a time, read on behind the last row.
+  s.window = round_up(s.image + (rows - g.pad_h) * g.width + 4 * kLanes, line) * element;
+  s.products = round_up(g.kernel_h * g.kernel_w * int64_t(sizeof(uint32_t)), kLine);
+  s.finished = round_up(vectors * kLanes + kLanes, kLanes) * int64_t(sizeof(float));
+  s.bytes = 2 * s.window + s.products + s.finished + vectors * g.kernel_w * int64_t(sizeof(FlatMask));
   return s;
 }
 
@@ -342,7 +407,8 @@ const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtyp
   if (pass == Pass::backward_weight) return planar_weight_plan(g, dtype, m, plan);
   plan.tile_w = g.out_width;
   double best = std::numeric_limits<double>::infinity();
-  const auto consider = [&](const Plan& p, const Count& c) {
+  const auto consider = [&](Plan& p, const Count& c) {
+    p.cycles = weighed(g, reduce, dtype, m, p);
     if (p.cycles >= best) return;
     best = p.cycles, plan = p;
     plan.flops = 2 * double(p.lanes * g.batch * g.channels * reduce) * c.products;
@@ -362,8 +428,14 @@ const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtyp
     best = std::numeric_limits<double>::infinity();
     consider(sweep, cost_of_sweeps(g, dtype, m, sweep));
   }
+  if (is_flat(g, reduce, dtype, m)) {
+    Plan flat = empty;
+    flat.flat = true;
+    consider(flat, cost_of_flat(g, dtype, m, flat));
+  }
   plan.cycles *= double(g.batch * g.channels);
-  plan.scratch_bytes = plan.swept      ? sweep_sizes(g, plan).bytes
+  plan.scratch_bytes = plan.flat       ? flat_sizes(g, dtype_size(dtype)).bytes
+                       : plan.swept    ? sweep_sizes(g, plan).bytes
                        : plan.in_place ? pixel_sizes(g, plan).bytes
                                        : sizes_of_one(g, reduce, plan).elements * int64_t(sizeof(float));
   return plan.scratch_bytes > kMaxScratchBytes ? "its scratch memory would exceed the limit" : nullptr;

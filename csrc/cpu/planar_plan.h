@@ -97,6 +97,19 @@ struct SweepSizes {
 SweepSizes sweep_sizes(const Geometry& g, const Plan& plan);
 constexpr int64_t kSweepBlockBytes = 4 * int64_t(sizeof(int64_t));
 
+// planar_flat.h: whether a plane's outputs can be counted through, and its scratch, in bytes of each part but
+// for the image.
+constexpr int64_t kMostFlatTaps = 7;  // of a row and of a column
+using FlatMask = uint16_t;
+bool is_flat(const Geometry& g, int64_t reduce, DType dtype, const Machine& m);
+struct FlatSizes {
+  int64_t rows;   // of the image that are read
+  int64_t image;  // elements before the first of them in a window
+  int64_t window, products, finished;
+  int64_t bytes;  // in all, with masks
+};
+FlatSizes flat_sizes(const Geometry& g, int64_t element);
+
 // planar_weight.h: rows of outputs in registers, kernel rows of one call, and columns of taps beside so many.
 constexpr int64_t kWeightBlockRows = 7;
 constexpr int64_t kMaxWeightRows = 3;

@@ -113,20 +113,7 @@ const char* toeplitz_plan_for(Pass pass, const Geometry& g, int64_t reduce, DTyp
 
 const char* planar_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
                             const Switches&, Plan& p) {
-  if (const char* declined = planar_plan(pass, g, reduce, dtype, m, p)) return declined;
-  const Costs& c = costs_on(m);
-  if (pass == Pass::backward_weight) {
-    p.cycles *= c.planar;
-    return nullptr;
-  }
-  const double vectors = double(reduce * g.height * ceil_div(g.width, m.lanes_f32)) / double(g.phases) +
-                         double(g.out_height * ceil_div(g.out_width, m.lanes_f32));
-  const double move = planar_pairs(g, reduce, p) ? c.pixel_move / 2
-                      : p.in_place               ? c.pixel_move
-                                                 : c.planar_move;
-  p.cycles = c.planar * p.cycles + move * vectors * double(g.batch * g.channels);
-  if (p.in_place && dtype == DType::bf16 && g.phases == 1) p.cycles *= c.planar_halves[g.stride_w > 1];
-  return nullptr;
+  return planar_plan(pass, g, reduce, dtype, m, p);
 }
 
 const char* direct_plan_for(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
