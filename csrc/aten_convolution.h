@@ -29,40 +29,45 @@ inline Tensor aten_forward(OpCall& c, const Tensor& input, const Tensor& weight,
   return torch::stable::copy_(c.output, result);
 }
 
-// The gradients of input and weight, of which one is wanted and the other without meaning.
-inline std::array<Tensor, 2> aten_gradients(bool of_input, const Tensor& grad_output, const Tensor& input,
-                                            const Tensor& weight, const std::vector<int64_t>& stride,
-                                            const std::vector<int64_t>& padding,
-                                            const std::vector<int64_t>& dilation) {
-  using torch::stable::detail::from;
-  const bool wanted[] = {of_input, !of_input, false};
-  const torch::headeronly::HeaderOnlyArrayRef<bool> mask(wanted, 3);
-  const std::vector<int64_t> output_padding{0, 0};
-  std::array<StableIValue, 11> stack{
-      from(grad_output), from(input), from(weight),         from(std::nullopt),  from(stride), from(padding),
-      from(dilation),    from(false), from(output_padding), from(input.size(1)), from(mask)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
-  using torch::stable::detail::to;
-  const Tensor unused_bias = to<Tensor>(stack[2]);
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
-}
-
+// As a transposed convolution, which unlike `aten::convolution_backward` asks for no input: an uninitialised
+// tensor in its place would be as large as the result.
 inline Tensor aten_backward_input(OpCall& c, const Tensor& grad_output, const Tensor& weight,
                                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                                   const std::vector<int64_t>& dilation) {
-  // The input's values do not matter for its own gradient: the uninitialised result stands in for it.
+  using torch::stable::detail::from;
+  const auto left_over = [&](int64_t in, int64_t out, int64_t kernel, size_t axis) {
+    return in - ((out - 1) * stride[axis] - 2 * padding[axis] + (kernel - 1) * dilation[axis] + 1);
+  };
+  const ConvParams& p = c.p;
+  const std::vector<int64_t> output_padding{left_over(p.height, p.out_height, p.kernel_h, 0),
+                                            left_over(p.width, p.out_width, p.kernel_w, 1)};
+  std::array<StableIValue, 8> stack{from(grad_output), from(weight),  from(std::nullopt),
+                                    from(stride),      from(padding), from(output_padding),
+                                    from(p.channels),  from(dilation)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::conv_transpose2d", "input", stack.data(), TORCH_ABI_VERSION));
+  const Tensor result = torch::stable::detail::to<Tensor>(stack[0]);
+  if (has_strides_of(result, c.out)) return result;
   c.allocate(grad_output);
-  const Tensor result =
-      aten_gradients(true, grad_output, c.output, weight, stride, padding, dilation).front();
-  return has_strides_of(result, c.out) ? result : torch::stable::copy_(c.output, result);
+  return torch::stable::copy_(c.output, result);
 }
 
 inline Tensor aten_backward_weight(OpCall& c, const Tensor& grad_output, const Tensor& input,
                                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                                    const std::vector<int64_t>& dilation) {
-  c.allocate(grad_output);  // stands in for the weight, likewise
-  const Tensor result = aten_gradients(false, grad_output, input, c.output, stride, padding, dilation).back();
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  c.allocate(grad_output);  // stands in for the weight, whose values do not matter for its own gradient
+  const bool wanted[] = {false, true, false};
+  const torch::headeronly::HeaderOnlyArrayRef<bool> mask(wanted, 3);
+  const std::vector<int64_t> output_padding{0, 0};
+  std::array<StableIValue, 11> stack{
+      from(grad_output), from(input), from(c.output),       from(std::nullopt),  from(stride), from(padding),
+      from(dilation),    from(false), from(output_padding), from(input.size(1)), from(mask)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  const Tensor unused_input = to<Tensor>(stack[0]), result = to<Tensor>(stack[1]),
+               unused_bias = to<Tensor>(stack[2]);
   return torch::stable::copy_(c.output, result);
 }
 
