@@ -137,6 +137,7 @@ py::dict to_dict(const Candidate& c) {
   d["blocks"] = py::make_tuple(p.block, p.short_block);
   d["swept"] = p.swept;
   d["flat"] = p.flat;
+  d["strip"] = p.strip;
   d["paired"] = p.paired;
   d["fft"] = py::make_tuple(p.fft_h, p.fft_w);
   d["splits"] = p.splits;

@@ -25,7 +25,8 @@ class PassPlan:
     together; scratch on a CPU is that of one thread. ``in_place`` says that tensors are read where they are,
     without copies in scratch; ``copied`` that they are so after a copy, of "pixels" or of transposed
     "planes"; ``swept`` that planes are summed row after row; ``flat`` that the outputs of copied planes are
-    counted through, whatever their width; ``paired`` that products are of two kernel rows
+    counted through, whatever their width; ``strip`` that a row or column of taps is a band that rows or
+    columns of pixels are multiplied with; ``paired`` that products are of two kernel rows
     of bfloat16 at once; ``exchanged`` that a tall strip is computed as a row, rows and columns exchanged.
     ``alternatives`` are the other algorithms of the same backend, each with the reason why it was not taken.
     """
@@ -40,6 +41,7 @@ class PassPlan:
     copied: str = ""
     swept: bool = False
     flat: bool = False
+    strip: bool = False
     paired: bool = False
     exchanged: bool = False
     block: str | None = None
@@ -54,6 +56,8 @@ class PassPlan:
             parts.append("row after row")
         if self.flat:
             parts.append("outputs counted through")
+        if self.strip:
+            parts.append("a band of taps")
         if self.paired:
             parts.append("two rows at once")
         if self.exchanged:
@@ -195,6 +199,7 @@ def _plan(
         copied=taken.get("copied", ""),
         swept=bool(taken.get("swept", 0)),
         flat=taken.get("flat", False),
+        strip=taken.get("strip", False),
         paired=taken.get("paired", False),
         exchanged=taken.get("exchanged", False),
         block=_block(taken) if backend == "cuda" else None,

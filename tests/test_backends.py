@@ -320,8 +320,10 @@ def test_explain_says_how_tensors_are_read():
     assert sweep.swept == ("row after row" in line)
     flat, line = read((8, 96, 14, 14), (3, 3))
     assert flat.flat == ("outputs counted through" in line)
+    row, line = read((8, 128, 28, 28), (1, 55))
+    assert row.strip == ("a band of taps" in line)
     if lkconv._C.active_isa() == "avx512":
-        assert plane.copied and sweep.swept and flat.flat
+        assert plane.copied and sweep.swept and flat.flat and row.strip
 
 
 @pytest.mark.parametrize(

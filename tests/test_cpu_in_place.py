@@ -161,6 +161,29 @@ FLAT = [
     same((2, 600, 14, 14), (3, 3)),  # large enough to ask for outputs ahead
 ]
 
+# Rows and columns of taps: kernels whose windows all hold the whole line, and others; one block and several,
+# of one to four vectors and of every height.
+STRIPS = [
+    case
+    for count, size in (
+        (27, (2, 3, 14, 14)),
+        (55, (1, 5, 28, 28)),
+        (13, (2, 2, 7, 9)),
+        (21, (1, 3, 3, 60)),
+        (9, (1, 2, 2, 100)),
+        (51, (1, 2, 30, 45)),
+        (111, (1, 2, 20, 130)),
+        (15, (2, 3, 1, 17)),
+        (35, (1, 3, 40, 1)),
+    )
+    for case in (same(size, (1, count)), same(size, (count, 1), bias=False))
+] + [
+    Case((2, 3, 20, 24), (16, 1), padding=(15, 0)),
+    Case((2, 3, 20, 24), (1, 16), padding=(0, 3)),
+    Case((1, 2, 18, 50), (12, 1), multiplier=2),
+    same((2, 300, 28, 28), (55, 1)),  # large enough to ask for planes ahead
+]
+
 all_passes = pytest.mark.parametrize("pass_name", accuracy.PASSES)
 all_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -190,6 +213,14 @@ def test_contiguous(case, layout, dtype, pass_name):
 @pytest.mark.parametrize("case", FLAT, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "spatial_slice", "expanded_batch_and_channels"])
 def test_outputs_counted_through(case, layout, dtype, pass_name):
+    accuracy.check(pass_name, case, cases.make_tensors(case, dtype, layout))
+
+
+@pytest.mark.parametrize("pass_name", ["forward", "backward_input"])
+@all_dtypes
+@pytest.mark.parametrize("case", STRIPS, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "spatial_slice", "expanded_batch_and_channels"])
+def test_strips(case, layout, dtype, pass_name):
     accuracy.check(pass_name, case, cases.make_tensors(case, dtype, layout))
 
 

@@ -219,6 +219,29 @@ def test_outputs_of_small_planes_are_counted_through():
     assert plan(padding=(3, 1))["flat"] and plan(multiplier=2)["flat"]
 
 
+def test_long_rows_and_columns_of_taps_are_bands():
+    def strip(kernel, side=28, isa="avx512", **options):
+        plan = of("planar", candidates(size=(8, 64, side, side), kernel=kernel, isa=isa, **options))
+        assert plan["possible"]
+        return plan["strip"]
+
+    for dtype in ("float32", "bfloat16"):
+        assert all(strip(k, dtype=dtype) for k in ((55, 1), (1, 55), (27, 1)))
+        assert not any(strip(k, dtype=dtype) for k in ((5, 1), (1, 3), (3, 27), (27, 3)))
+    assert strip((55, 1), pass_name="backward_input") and strip((55, 1), multiplier=2)
+    assert strip((31, 1), padding=(30, 0)) and not strip((31, 1), padding=(15, 1))
+    for options in (
+        {"dilation": (2, 1)},
+        {"stride": (2, 1)},
+        {"multiplier": 2, "pass_name": "backward_input"},
+        {"dtype": "float16"},
+        {"isa": "avx2"},
+    ):
+        assert not strip((27, 1), **options), options
+    # Of bfloat16 a plane of floats would not fit: another kernel takes it.
+    assert not strip((9, 1), side=2300, dtype="bfloat16")
+
+
 def test_strided_rows_are_read_in_place():
     def in_place(kernel=(3, 3), stride=(2, 2), **options):
         options = {"padding": (1, 1), "isa": "avx512", "kernel": kernel, "stride": stride, **options}

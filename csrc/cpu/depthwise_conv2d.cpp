@@ -19,7 +19,7 @@ Switches own_kernels_only() {
 
 void run_planar_tasks(const PlanarProblem& p, const Plan& plan, int64_t task0, int64_t task1) {
   const Kernels& k = *kernels_for(plan.isa);
-  if (!plan.flat) return (plan.in_place ? k.forward_pixels : k.forward_planar)(p, plan, task0, task1);
+  if (!plan.flat) return (plan.in_place || plan.strip ? k.forward_pixels : k.forward_planar)(p, plan, task0, task1);
   const bool floats = p.phases[0].input.dtype == DType::f32;
   (floats ? k.forward_flat_f32 : k.forward_flat_bf16)(p.phases[0], plan, task0, task1);
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "planar_in_place.h"
+#include "planar_strip.h"
 #include "planar_sweep_phases.h"
 
 namespace lkconv::cpu::LKCONV_ISA {
@@ -210,7 +211,9 @@ void run_planes(const Task& task, const ForwardProblem& f, int64_t first, int64_
 template <class T>
 void forward_pixels_of(const PlanarProblem& p, const Plan& plan, int64_t task0, int64_t task1) {
   const ForwardProblem& f = p.phases[0];
-  if (phases_are_swept(p))
+  if (plan.strip)
+    run_planes(StripTask<T>(f, plan), f, task0, task1);
+  else if (phases_are_swept(p))
     PhaseSweepTask<T>(p).run(task0, task1);
   else if (p.phases_w == 2)
     run_planes(PhaseTask<T>(p, plan), f, task0, task1);

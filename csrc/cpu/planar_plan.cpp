@@ -25,8 +25,10 @@ constexpr double kSweptProduct = 0.85, kSweptRow = 8;
 constexpr double kFlatProduct = 0.45, kFlatLoadedTap = 0.8, kFlatBf16Product = 0.7, kFlatColumn = 0.7,
                  kFlatVector = 4.6, kFlatPlane = 20, kFlatTap = 1.5;
 constexpr double kFlatPixel = 0.00075;  // of a plane, as it outgrows the nearest cache
+// A block of strips: half a cycle for a product or a load, more of pixels that not all its outputs read.
+constexpr double kStripProduct = 0.55, kStripEdge = 0.3, kStripBlock = 15, kStripPlane = 40;
 // Those are cycles; in the terms above, by measurement at the edge between the two:
-constexpr double kFlatFloats = 1.4, kFlatBf16 = 1.1;
+constexpr double kFlatFloats = 1.4, kFlatBf16 = 1.1, kStripBf16 = 1.45;
 constexpr int64_t kLeastSweptRows = 3, kMaxSweptFloatRows = 6, kMaxSweptColumns = 16;
 constexpr double kSplit = 2;   // taking a vector of bfloat16 apart ...
 constexpr double kRound = 14;  // ... and putting one together
@@ -245,7 +247,7 @@ Count cost_of_sweeps(const Geometry& g, DType dtype, const Machine& m, Plan& p) 
 // One plane's cycles from its counts, with what tensors take that are not copied with the sums.
 double weighed(const Geometry& g, int64_t reduce, DType dtype, const Machine& m, const Plan& p) {
   const Costs& c = costs_on(m);
-  if (p.flat) return c.planar * p.cycles;
+  if (p.flat || p.strip) return c.planar * p.cycles;
   const double vectors = double(reduce * g.height * ceil_div(g.width, m.lanes_f32)) / double(g.phases) +
                          double(g.out_height * ceil_div(g.out_width, m.lanes_f32));
   const double move = planar_pairs(g, reduce, p) ? c.pixel_move / 2
@@ -272,6 +274,34 @@ Count cost_of_flat(const Geometry& g, DType dtype, const Machine& m, Plan& p) {
   c.products = vectors * double(g.kernel_h * g.kernel_w);
   p.cycles = (dtype == DType::bf16 ? kFlatBf16 : kFlatFloats) *
              (vectors * once + kFlatPlane + kFlatTap * double(g.kernel_h * g.kernel_w));
+  return c;
+}
+
+// The same for strips.
+Count cost_of_strip(const Geometry& g, DType dtype, const Machine& m, Plan& p) {
+  const PlanarBlock& b = kStripBlocks[p.block];
+  p.lanes = m.lanes_f32;
+  p.tile_h = g.out_height;
+  const bool tall = g.kernel_w == 1, halves = dtype == DType::bf16;
+  const int64_t block = tall ? b.rows : b.vectors * p.lanes, outputs = tall ? g.out_height : g.out_width;
+  const int64_t across = tall ? ceil_div(g.out_width, b.vectors * p.lanes) : ceil_div(g.out_height, b.rows);
+  double pixels = 0;  // that the blocks of a line read
+  int64_t blocks = 0;
+  for (int64_t i = 0; i < outputs; i += block, ++blocks) {
+    const int64_t first = std::max<int64_t>(0, std::min(i, outputs - block));
+    const StripRange r = strip_range(first, std::min(block, outputs), tall ? g.pad_h : g.pad_w,
+                                     g.kernel_h * g.kernel_w, tall ? g.height : g.width);
+    pixels += double(r.last - r.first) + kStripEdge * double(r.last - r.outer + r.inner - r.first);
+  }
+  const double products = double(b.rows * b.vectors), loads = double(b.rows + 2 * b.vectors);
+  Count c;
+  c.products = double(across) * pixels * products;
+  c.blocks = double(across * blocks);
+  const double vectors = double(g.height * g.width) / double(p.lanes);
+  p.cycles = (halves ? kStripBf16 : kFlatFloats) *
+             (kStripProduct * double(across) * pixels * std::max(products, loads) +
+              c.blocks * (kStripBlock + (halves ? 3 : 1) * products) + (halves ? 3 * vectors : 0) +
+              kStripPlane + double(g.kernel_h * g.kernel_w));
   return c;
 }
 
@@ -317,6 +347,7 @@ bool is_flat(const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
   if (g.phases != 1 || g.stride_h != 1 || g.stride_w != 1 || reduce != 1) return false;
   if (g.kernel_h < 1 || g.kernel_h > kMostFlatTaps || g.kernel_w % 2 == 0 || g.kernel_w > kMostFlatTaps)
     return false;
+  if (flat_sizes(g, dtype_size(dtype)).bytes > kMaxScratchBytes) return false;
   return g.pad_h >= 0 && g.width == g.out_width && g.pad_w == g.dil_w * (g.kernel_w / 2) &&
          2 * g.pad_w < m.lanes_f32;  // columns of taps are moved from a vector to the one before
 }
@@ -334,6 +365,23 @@ FlatSizes flat_sizes(const Geometry& g, int64_t element) {
   s.finished = round_up(vectors * kLanes + kLanes, kLanes) * int64_t(sizeof(float));
   s.bytes = 2 * s.window + s.products + s.finished + vectors * g.kernel_w * int64_t(sizeof(FlatMask));
   return s;
+}
+
+bool is_strip(const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
+  if (m.isa < Isa::avx512 || (dtype != DType::f32 && dtype != DType::bf16)) return false;
+  if (g.phases != 1 || g.stride_h != 1 || g.stride_w != 1 || reduce != 1) return false;
+  if (g.dil_h != 1 || g.dil_w != 1 || g.pad_h < 0 || g.pad_w < 0) return false;
+  const bool tall = g.kernel_w == 1 && g.kernel_h > 1 && g.pad_w == 0 && g.out_width == g.width;
+  const bool wide = g.kernel_h == 1 && g.kernel_w > 1 && g.pad_h == 0 && g.out_height == g.height;
+  const StripSizes s = strip_sizes(g, dtype_size(dtype));
+  return (tall || wide) && (s.taps + s.plane) * int64_t(sizeof(float)) <= kMaxScratchBytes;
+}
+
+StripSizes strip_sizes(const Geometry& g, int64_t element) {
+  constexpr int64_t kLanes = 16;
+  const bool copied = element < int64_t(sizeof(float));
+  return {round_up(g.kernel_h * g.kernel_w + 2 * kStripSlack, kLanes),
+          copied ? round_up(g.height * g.width, kLanes) + kLanes : 0};
 }
 
 PlanarSizes planar_sizes(const PlanarProblem& p, const Plan& plan) {
@@ -433,8 +481,17 @@ const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtyp
     flat.flat = true;
     consider(flat, cost_of_flat(g, dtype, m, flat));
   }
+  for (int64_t i = 0; i < kStripBlockCount && is_strip(g, reduce, dtype, m); ++i) {
+    const PlanarBlock& block = kStripBlocks[i];
+    if (block.rows > g.out_height || block.vectors > ceil_div(g.out_width, m.lanes_f32)) continue;
+    Plan strip = empty;
+    strip.strip = true, strip.block = i, strip.in_place = dtype == DType::f32;
+    consider(strip, cost_of_strip(g, dtype, m, strip));
+  }
   plan.cycles *= double(g.batch * g.channels);
+  const StripSizes strip = strip_sizes(g, dtype_size(dtype));
   plan.scratch_bytes = plan.flat       ? flat_sizes(g, dtype_size(dtype)).bytes
+                       : plan.strip    ? (strip.taps + strip.plane) * int64_t(sizeof(float))
                        : plan.swept    ? sweep_sizes(g, plan).bytes
                        : plan.in_place ? pixel_sizes(g, plan).bytes
                                        : sizes_of_one(g, reduce, plan).elements * int64_t(sizeof(float));

@@ -110,6 +110,32 @@ struct FlatSizes {
 };
 FlatSizes flat_sizes(const Geometry& g, int64_t element);
 
+// planar_strip.h: whether a kernel is a row or a column that it sums, its blocks of outputs, and floats of
+// each part of its scratch.
+bool is_strip(const Geometry& g, int64_t reduce, DType dtype, const Machine& m);
+constexpr PlanarBlock kStripBlocks[] = {{14, 1}, {7, 1}, {3, 1}, {1, 1}, {14, 2}, {7, 2}, {3, 2},
+                                        {1, 2},  {8, 3}, {4, 3}, {1, 3}, {6, 4},  {3, 4}, {1, 4}};
+constexpr int64_t kStripBlockCount = sizeof(kStripBlocks) / sizeof(kStripBlocks[0]);
+constexpr int64_t kStripSlack =
+    64;  // zeros on both sides of the taps: the outputs of a block along either axis
+struct StripSizes {
+  int64_t taps, plane;
+};
+StripSizes strip_sizes(const Geometry& g, int64_t element);
+// Along the kernel's axis, the pixels that `outputs` outputs from `output` on read, [first, last), and of
+// those the ones that all of them read, [inner, outer).
+struct StripRange {
+  int64_t first, inner, outer, last;
+};
+inline StripRange strip_range(int64_t output, int64_t outputs, int64_t pad, int64_t taps, int64_t pixels) {
+  StripRange r;
+  r.first = std::clamp<int64_t>(output - pad, 0, pixels);
+  r.last = std::clamp<int64_t>(output + outputs - 1 - pad + taps, r.first, pixels);
+  r.inner = std::clamp<int64_t>(output + outputs - 1 - pad, r.first, r.last);
+  r.outer = std::clamp<int64_t>(output - pad + taps, r.inner, r.last);
+  return r;
+}
+
 // planar_weight.h: rows of outputs in registers, kernel rows of one call, and columns of taps beside so many.
 constexpr int64_t kWeightBlockRows = 7;
 constexpr int64_t kMaxWeightRows = 3;

@@ -34,6 +34,7 @@ struct Plan {
   bool paired = false;             // direct: products are of two rows of bfloat16 at once (row_products.h)
   int64_t swept = 0;               // planar in place: vectors of columns summed row after row, 0: in blocks
   bool flat = false;               // planar: outputs are counted through row after row (planar_flat.h)
+  bool strip = false;              // planar: a row or column of taps as a band (planar_strip.h)
   int64_t images = 1;  // summed together: toeplitz: in a task (forward) or chunk; planar: in backward_weight
   int64_t fft_h = 0, fft_w = 0;  // fft: transform lengths
   int64_t splits = 1;            // backward_weight: parts of the batch summed separately, then in order
