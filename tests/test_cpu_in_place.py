@@ -159,6 +159,9 @@ FLAT = [
     Case((2, 3, 5, 11), (3, 5), padding=(6, 2), bias=False),
     Case((1, 3, 8, 10), (3, 3), padding=(1, 1), multiplier=2),
     same((2, 600, 14, 14), (3, 3)),  # large enough to ask for outputs ahead
+    same((3, 19, 28, 28), (3, 3)),
+    same((9, 18, 28, 28), (5, 5), bias=False),  # weight gradients of more images than a lane adds up
+    same((2, 3, 28, 28), (3, 3), dilation=(3, 3)),
 ]
 
 # Rows and columns of taps: kernels whose windows all hold the whole line, and others; one block and several,
@@ -208,7 +211,7 @@ def test_contiguous(case, layout, dtype, pass_name):
     accuracy.check(pass_name, case, cases.make_tensors(case, dtype, layout))
 
 
-@pytest.mark.parametrize("pass_name", ["forward", "backward_input"])
+@all_passes
 @all_dtypes
 @pytest.mark.parametrize("case", FLAT, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "spatial_slice", "expanded_batch_and_channels"])

@@ -135,7 +135,7 @@ def test_planar_says_why_not():
 
     assert "float64" in reason(dtype="float64")
     assert "masked" in reason("backward_weight", isa="avx2")
-    for options in ({"stride": (1, 2)}, {"stride": (3, 3)}, {"dilation": (1, 2)}):
+    for options in ({"stride": (1, 2)}, {"stride": (3, 3)}, {"dilation": (1, 2), "padding": (3, 3)}):
         assert "stride" in reason("backward_weight", isa="avx512", **options)
     assert "float32 and bfloat16" in reason("backward_weight", isa="avx512", dtype="float16")
     assert "row" in reason(channels_last=True)
@@ -217,6 +217,29 @@ def test_outputs_of_small_planes_are_counted_through():
     ):
         assert not plan(**options)["flat"], options
     assert plan(padding=(3, 1))["flat"] and plan(multiplier=2)["flat"]
+
+
+def test_weight_gradients_of_small_planes_are_counted_through():
+    def plan(side=28, kernel=(3, 3), dtype="bfloat16", isa="avx512", bf16_pairs=True, **options):
+        size = (8, 64, side, side)
+        options = {
+            "size": size,
+            "kernel": kernel,
+            "dtype": dtype,
+            "isa": isa,
+            "bf16_pairs": bf16_pairs,
+            **options,
+        }
+        return of("planar", candidates("backward_weight", **options))
+
+    taken = plan()
+    assert taken["flat"] and taken["in_place"] and taken["paired"]
+    assert plan(dtype="float32")["flat"] and not plan(dtype="float32")["paired"]
+    assert not plan(14, dtype="float32")["flat"] and not plan(56, dtype="float32")["flat"], "blocks of rows"
+    assert not plan(bf16_pairs=False)["flat"] and not plan(isa="avx2")["possible"]
+    assert plan(dilation=(2, 2))["flat"] and plan(multiplier=2)["flat"] and plan(56)["flat"]
+    assert not plan(stride=(2, 2))["flat"] and not plan(dtype="float16")["possible"]
+    assert not plan(120)["flat"], "a lane would add up too many products"
 
 
 def test_long_rows_and_columns_of_taps_are_bands():

@@ -19,7 +19,8 @@ Switches own_kernels_only() {
 
 void run_planar_tasks(const PlanarProblem& p, const Plan& plan, int64_t task0, int64_t task1) {
   const Kernels& k = *kernels_for(plan.isa);
-  if (!plan.flat) return (plan.in_place || plan.strip ? k.forward_pixels : k.forward_planar)(p, plan, task0, task1);
+  if (!plan.flat)
+    return (plan.in_place || plan.strip ? k.forward_pixels : k.forward_planar)(p, plan, task0, task1);
   const bool floats = p.phases[0].input.dtype == DType::f32;
   (floats ? k.forward_flat_f32 : k.forward_flat_bf16)(p.phases[0], plan, task0, task1);
 }
@@ -166,6 +167,7 @@ void depthwise_conv2d_backward_weight(const ConvParams& p, const TensorView& gra
     return run_weight<double>(w, plan, k.weight_direct_f64, k.weight_reduce_f64, parallel);
   const auto kernel = plan.algorithm == Algorithm::toeplitz ? k.weight_toeplitz
                       : plan.algorithm == Algorithm::fft    ? k.weight_fft
+                      : plan.flat ? (dtype == DType::f32 ? k.weight_flat_f32 : k.weight_flat_bf16)
                       : plan.algorithm == Algorithm::planar ? k.weight_planar
                       : plan.paired                         ? k.weight_direct_pairs
                                                             : k.weight_direct_f32;

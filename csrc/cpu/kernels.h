@@ -42,6 +42,9 @@ struct Kernels {
   void (*weight_direct_f64)(const WeightProblem&, const Plan&, double* partial, int64_t task0, int64_t task1);
   // Null where there are no masked loads.
   void (*weight_planar)(const WeightProblem&, const Plan&, float* partial, int64_t task0, int64_t task1);
+  // Its sums of planes whose outputs are counted through; null there as well, and for bfloat16 without pairs.
+  void (*weight_flat_f32)(const WeightProblem&, const Plan&, float* partial, int64_t task0, int64_t task1);
+  void (*weight_flat_bf16)(const WeightProblem&, const Plan&, float* partial, int64_t task0, int64_t task1);
   void (*weight_fft)(const WeightProblem&, const Plan&, float* partial, int64_t task0, int64_t task1);
   void (*weight_reduce_f32)(const WeightProblem&, const Plan&, float* partial, int64_t group0,
                             int64_t group1);

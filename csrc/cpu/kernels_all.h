@@ -10,6 +10,7 @@
 #include "planar_in_place_task.h"
 #include "planar_flat.h"
 #include "planar_weight.h"
+#include "planar_weight_flat.h"
 #include "fft.h"
 #include "fft_conv.h"
 #include "merge.h"
@@ -41,9 +42,12 @@ inline constexpr Kernels kKernels = {
     weight_direct<double>,
 #if LKCONV_AVX512
     weight_planar,
+    weight_flat<float>,
 #else
     nullptr,
+    nullptr,
 #endif
+    nullptr,
     weight_fft,
     weight_reduce<float>,
     weight_reduce<double>,

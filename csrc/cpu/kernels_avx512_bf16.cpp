@@ -34,6 +34,7 @@ const Kernels* kernels_avx512();
 #include "direct_weight.h"
 #include "planar.h"
 #include "planar_flat.h"
+#include "planar_weight_flat.h"
 #pragma GCC pop_options
 
 namespace lkconv::cpu {
@@ -42,6 +43,7 @@ const Kernels* kernels_avx512_bf16() {
     Kernels k = *kernels_avx512();
     k.forward_direct_pairs = avx512_row_pairs::forward_in_place<avx512_row_pairs::bf16>;
     k.forward_flat_bf16 = avx512_row_pairs::forward_flat<avx512_row_pairs::bf16>;
+    k.weight_flat_bf16 = avx512_row_pairs::weight_flat<avx512_row_pairs::bf16>;
     k.weight_direct_pairs = avx512_row_pairs::weight_direct<float>;
     return k;
   }();

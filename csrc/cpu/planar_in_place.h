@@ -37,6 +37,12 @@ LKCONV_INLINE uint32_t bits_inside(int64_t first, int64_t step, int64_t size, in
   return uint32_t((uint64_t(1) << b) - (uint64_t(1) << a));
 }
 
+// Bits [first, last) of `count`.
+LKCONV_INLINE uint32_t bits_of_range(int64_t first, int64_t last, int64_t count) {
+  const int64_t a = std::clamp<int64_t>(first, 0, count), b = std::clamp<int64_t>(last, a, count);
+  return uint32_t((uint64_t(1) << b) - (uint64_t(1) << a));
+}
+
 // The same bits, which the compiler takes for new ones: else it spreads them over the stack beforehand.
 LKCONV_INLINE uint32_t in_register(uint32_t bits) {
   asm volatile("" : "+r"(bits));

@@ -148,6 +148,18 @@ struct PlanarWeightSizes {
 PlanarWeightSizes planar_weight_sizes(const Geometry& g, int64_t lanes);
 constexpr int64_t kTapColumnBytes = 5 * int64_t(sizeof(uint32_t));  // of a TapColumn of planar_weight.h
 
+// planar_weight_flat.h: kernel rows whose sums registers hold, and its scratch: floats of one channel's sums,
+// bytes of the rest.
+constexpr int64_t flat_weight_rows(int64_t columns) { return std::min<int64_t>(kMostFlatTaps, 25 / columns); }
+inline int64_t flat_weight_masks(const Geometry& g) {  // of a vector of pixels
+  return g.kernel_w + g.kernel_h + g.kernel_h * g.kernel_w;
+}
+struct FlatWeightSizes {
+  int64_t sums, masks, grad;
+  int64_t bytes;  // in all, with a plane of the input
+};
+FlatWeightSizes flat_weight_sizes(const Geometry& g, int64_t element);
+
 const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
                         Plan& plan);
 

@@ -162,14 +162,48 @@ LKCONV_INLINE PlaneKernel<T>* plane_kernel(int64_t rows, int64_t columns) {
                      : of(std::integral_constant<int, 3>());
 }
 
+// The sums' lanes added up: one channel's lane of every tap.
+inline void add_lanes(float* to, const float* sums, int64_t taps) {
+  constexpr int L = kLanes<float>;
+  for (int64_t tap = 0; tap < taps; tap += L) {
+    Vec<float> r[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) r[i] = load(sums + (tap + i) * L);
+    transpose<float>(r);
+#pragma GCC unroll 4
+    for (int half = L / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i) r[i] += r[i + half];
+    float total[L];
+    store(total, r[0]);
+    for (int64_t i = 0; i < std::min<int64_t>(L, taps - tap); ++i) to[(tap + i) * L] = total[i];
+  }
+}
+
+// Writes partial[split][group][tap][lane], lanes being channels as in weight_direct. `add_planes(n, images,
+// c, sums)` adds the products of so many images' planes to a vector of sums for each tap of a channel.
+template <class AddPlanes>
+LKCONV_INLINE void sum_planes(const WeightProblem& p, const Plan& plan, float* sums, int64_t sums_of_channel,
+                              float* partial, int64_t task, AddPlanes add_planes) {
+  constexpr int64_t L = kLanes<float>;
+  const int64_t taps = p.kernel_h * p.kernel_w, group = task / plan.splits, split = task % plan.splits;
+  const int64_t c0 = group * L, count = std::min(L, p.channels - c0);
+  zero(sums, count * sums_of_channel / L);
+  const int64_t n0 = p.batch * split / plan.splits, n1 = p.batch * (split + 1) / plan.splits;
+  for (int64_t n = n0; n < n1; n += plan.images)
+    for (int64_t c = 0; c < count; ++c)
+      add_planes(n, std::min(plan.images, n1 - n), c0 + c, sums + c * sums_of_channel);
+  float* to = partial + (split * channel_groups(p.channels, plan) + group) * taps * L;
+  zero(to, taps);
+  for (int64_t c = 0; c < count; ++c) add_lanes(to + c, sums + c * sums_of_channel, taps);
+}
+
 template <class T>
 class PlanarWeightTask {
  public:
   PlanarWeightTask(const WeightProblem& p, const Plan& plan)
       : p_(p),
         plan_(plan),
-        taps_(p.kernel_h * p.kernel_w),
-        groups_(channel_groups(p.channels, plan)),
         ahead_(p.input, p.height * p.width, p.grad_output, p.out_height * p.out_width, p.batch * p.channels,
                ceil_div(p.out_height, kWeightBlockRows)) {
     const PlanarWeightSizes s = planar_weight_sizes(p, plan.lanes);
@@ -182,19 +216,9 @@ class PlanarWeightTask {
       for (int64_t v = 0; v < p.kernel_w; ++v) *column++ = tap_column(x, v);
   }
 
-  // Writes partial[split][group][tap][lane], lanes being channels as in weight_direct.
   void run(float* partial, int64_t task) const {
-    constexpr int64_t L = kLanes<float>;
-    const int64_t group = task / plan_.splits, split = task % plan_.splits, c0 = group * L;
-    const int64_t count = std::min(L, p_.channels - c0);
-    zero(sums_, count * sums_of_channel_ / L);
-    const int64_t n0 = p_.batch * split / plan_.splits, n1 = p_.batch * (split + 1) / plan_.splits;
-    for (int64_t n = n0; n < n1; n += plan_.images)
-      for (int64_t c = 0; c < count; ++c)
-        add_planes(n, std::min(plan_.images, n1 - n), c0 + c, sums_ + c * sums_of_channel_);
-    float* to = partial + (split * groups_ + group) * taps_ * L;
-    zero(to, taps_);
-    for (int64_t c = 0; c < count; ++c) add_lanes(to + c, sums_ + c * sums_of_channel_);
+    sum_planes(p_, plan_, sums_, sums_of_channel_, partial, task,
+               [this](int64_t n, int64_t images, int64_t c, float* sums) { add_planes(n, images, c, sums); });
   }
 
  private:
@@ -241,27 +265,8 @@ class PlanarWeightTask {
     }
   }
 
-  // The sums' lanes added up: one channel's lane of every tap.
-  void add_lanes(float* to, const float* sums) const {
-    constexpr int L = kLanes<float>;
-    for (int64_t tap = 0; tap < taps_; tap += L) {
-      Vec<float> r[L];
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) r[i] = load(sums + (tap + i) * L);
-      transpose<float>(r);
-#pragma GCC unroll 4
-      for (int half = L / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < half; ++i) r[i] += r[i + half];
-      float total[L];
-      store(total, r[0]);
-      for (int64_t i = 0; i < std::min<int64_t>(L, taps_ - tap); ++i) to[(tap + i) * L] = total[i];
-    }
-  }
-
   const WeightProblem& p_;
   const Plan& plan_;
-  const int64_t taps_, groups_;
   const PlanesAhead<T> ahead_;
   float* sums_;
   int64_t sums_of_channel_;  // elements, whole squares of vectors
