@@ -162,5 +162,6 @@ FlatWeightSizes flat_weight_sizes(const Geometry& g, int64_t element);
 
 const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtype, const Machine& m,
                         Plan& plan);
+const char* planar_weight_plan(const Geometry& g, DType dtype, const Machine& m, Plan& plan);
 
 }  // namespace lkconv::cpu
