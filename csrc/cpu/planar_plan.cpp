@@ -28,7 +28,9 @@ constexpr double kFlatPixel = 0.00075;  // of a plane, as it outgrows the neares
 // A block of strips: half a cycle for a product or a load, more of pixels that not all its outputs read.
 constexpr double kStripProduct = 0.55, kStripEdge = 0.3, kStripBlock = 15, kStripPlane = 40;
 // Those are cycles; in the terms above, by measurement at the edge between the two:
-constexpr double kFlatFloats = 1.4, kFlatBf16 = 1.1, kStripBf16 = 1.45;
+constexpr double kFlatFloats = 1.4, kFlatBf16 = 1.1, kTallBf16 = 1.45, kWideBf16 = 1.55;
+// ... and beside pairs of bfloat16 summed by channels.
+constexpr double kFlatPairs = 0.86;
 constexpr int64_t kLeastSweptRows = 3, kMaxSweptFloatRows = 6, kMaxSweptColumns = 16;
 constexpr double kSplit = 2;   // taking a vector of bfloat16 apart ...
 constexpr double kRound = 14;  // ... and putting one together
@@ -243,7 +245,9 @@ Count cost_of_strip(const Geometry& g, DType dtype, const Machine& m, Plan& p) {
   c.products = double(across) * pixels * products;
   c.blocks = double(across * blocks);
   const double vectors = double(g.height * g.width) / double(p.lanes);
-  p.cycles = (halves ? kStripBf16 : kFlatFloats) *
+  p.cycles = (!halves ? kFlatFloats
+              : tall  ? kTallBf16
+                      : kWideBf16) *
              (kStripProduct * double(across) * pixels * std::max(products, loads) +
               c.blocks * (kStripBlock + (halves ? 3 : 1) * products) + (halves ? 3 * vectors : 0) +
               kStripPlane + double(g.kernel_h * g.kernel_w));
@@ -428,7 +432,7 @@ const char* planar_plan(Pass pass, const Geometry& g, int64_t reduce, DType dtyp
     strip.strip = true, strip.block = i, strip.in_place = dtype == DType::f32;
     consider(strip, cost_of_strip(g, dtype, m, strip));
   }
-  plan.cycles *= double(g.batch * g.channels);
+  plan.cycles *= double(g.batch * g.channels) * (plan.flat && plan.paired ? kFlatPairs : 1);
   const StripSizes strip = strip_sizes(g, dtype_size(dtype));
   plan.scratch_bytes = plan.flat       ? flat_sizes(g, dtype_size(dtype)).bytes
                        : plan.strip    ? (strip.taps + strip.plane) * int64_t(sizeof(float))

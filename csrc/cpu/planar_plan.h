@@ -116,8 +116,7 @@ bool is_strip(const Geometry& g, int64_t reduce, DType dtype, const Machine& m);
 constexpr PlanarBlock kStripBlocks[] = {{14, 1}, {7, 1}, {3, 1}, {1, 1}, {14, 2}, {7, 2}, {3, 2},
                                         {1, 2},  {8, 3}, {4, 3}, {1, 3}, {6, 4},  {3, 4}, {1, 4}};
 constexpr int64_t kStripBlockCount = sizeof(kStripBlocks) / sizeof(kStripBlocks[0]);
-constexpr int64_t kStripSlack =
-    64;  // zeros on both sides of the taps: the outputs of a block along either axis
+constexpr int64_t kStripSlack = 64;  // zeros on both sides of the taps, for as many outputs as a block has
 struct StripSizes {
   int64_t taps, plane;
 };

@@ -51,7 +51,6 @@ bool flat_weight_plan(const Geometry& g, DType dtype, const Machine& m, Plan& pl
   const int64_t vectors = std::max<int64_t>(1, ceil_div(g.out_height * g.width, parts * plan.lanes));
   if (vectors > kLongestSum) return false;
   plan.flat = plan.in_place = true;
-  plan.paired = parts == 2;
   plan.tile_h = g.out_height, plan.tile_w = g.out_width;
   plan.images = kLongestSum / vectors;
   plan.scratch_bytes = flat_weight_sizes(g, dtype_size(dtype)).bytes;
