@@ -18,7 +18,15 @@ VECTORS = {
     "generic": [],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
-SOURCES = ("toeplitz_plan", "planar_plan", "direct_plan", "planner", "fft_plan", "depthwise_conv2d")
+SOURCES = (
+    "toeplitz_plan",
+    "planar_plan",
+    "planar_weight_plan",
+    "direct_plan",
+    "planner",
+    "fft_plan",
+    "depthwise_conv2d",
+)
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 

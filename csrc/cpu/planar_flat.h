@@ -280,7 +280,7 @@ class FlatTask {
       }
   }
 
-  static constexpr int64_t kAheadBytes = 4 << 10;
+  static constexpr int64_t kAheadBytes = 16 << 10;
   const ForwardProblem& f_;
   const FlatSizes sizes_;
   const int64_t width_;

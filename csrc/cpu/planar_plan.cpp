@@ -178,6 +178,11 @@ Count cost_in_place(const Geometry& g, int64_t reduce, DType dtype, const Machin
   return c;
 }
 
+// Costs of matrix units were fitted beside blocks of rows, not beside sweeps or planes counted through.
+bool beside_matrix_units(const Geometry& g, DType dtype, const Machine& m) {
+  return m.isa == Isa::amx && dtype == DType::bf16 && g.kernel_h > 3;
+}
+
 // In the same terms: sweeps wait for nothing but memory, and a row costs little beyond its products.
 Count cost_of_sweeps(const Geometry& g, DType dtype, const Machine& m, Plan& p) {
   const double parts = dtype == DType::bf16 ? 2 : 1;
@@ -262,8 +267,7 @@ int64_t swept_vectors(const Geometry& g, int64_t reduce, DType dtype, const Mach
   // Low kernels have few sums to add to while one is waited for.
   if (g.kernel_h < kLeastSweptRows || g.kernel_h > kMaxSweptRows || g.kernel_w > kMaxSweptColumns) return 0;
   const int64_t parts = dtype == DType::bf16 ? 2 : 1, lanes = parts * m.lanes_f32;
-  // Costs of matrix units were fitted beside blocks of rows, not beside sweeps.
-  if (m.isa == Isa::amx && parts == 2 && g.kernel_h > 3) return 0;
+  if (beside_matrix_units(g, dtype, m)) return 0;
   // For planes that share a vector blocks of rows take no longer, unless the kernel's rows are apart: each of
   // a block's vectors is then loaded for one product. Of float32, and of narrower planes, blocks still won.
   if (2 * g.out_width <= lanes) return parts == 2 && g.dil_h > 1 && 4 * g.out_width > lanes ? 1 : 0;
@@ -296,7 +300,8 @@ bool is_flat(const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
   if (g.phases != 1 || g.stride_h != 1 || g.stride_w != 1 || reduce != 1) return false;
   if (g.kernel_h < 1 || g.kernel_h > kMostFlatTaps || g.kernel_w % 2 == 0 || g.kernel_w > kMostFlatTaps)
     return false;
-  if (flat_sizes(g, dtype_size(dtype)).bytes > kMaxScratchBytes) return false;
+  if (beside_matrix_units(g, dtype, m) || flat_sizes(g, dtype_size(dtype)).bytes > kMaxScratchBytes)
+    return false;
   return g.pad_h >= 0 && g.width == g.out_width && g.pad_w == g.dil_w * (g.kernel_w / 2) &&
          2 * g.pad_w < m.lanes_f32;  // columns of taps are moved from a vector to the one before
 }
@@ -321,6 +326,7 @@ bool is_strip(const Geometry& g, int64_t reduce, DType dtype, const Machine& m) 
   if (m.isa < Isa::avx512 || (dtype != DType::f32 && dtype != DType::bf16)) return false;
   if (g.phases != 1 || g.stride_h != 1 || g.stride_w != 1 || reduce != 1) return false;
   if (g.dil_h != 1 || g.dil_w != 1 || g.pad_h < 0 || g.pad_w < 0) return false;
+  if (m.isa == Isa::amx && dtype == DType::bf16) return false;
   const bool tall = g.kernel_w == 1 && g.kernel_h > 1 && g.pad_w == 0 && g.out_width == g.width;
   const bool wide = g.kernel_h == 1 && g.kernel_w > 1 && g.pad_h == 0 && g.out_height == g.height;
   const StripSizes s = strip_sizes(g, dtype_size(dtype));
