@@ -24,7 +24,7 @@ class PassPlan:
     with such tiles (CUDA). ``flops`` and ``scratch_bytes`` are those of the whole call, all stride phases
     together; scratch on a CPU is that of one thread. ``in_place`` says that tensors are read where they are,
     without copies in scratch; ``copied`` that they are so after a copy, of "pixels" or of transposed
-    "planes"; ``swept`` that planes are summed row after row; ``flat`` that the outputs of copied planes are
+    "planes"; ``swept`` that planes are summed row after row; ``flat`` that the outputs of planes are
     counted through, whatever their width; ``strip`` that a row or column of taps is a band that rows or
     columns of pixels are multiplied with; ``paired`` that products are of two kernel rows
     of bfloat16 at once; ``exchanged`` that a tall strip is computed as a row, rows and columns exchanged.

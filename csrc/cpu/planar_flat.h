@@ -72,7 +72,8 @@ struct FlatPlane {
   FlatTaps<T> taps;
   uint32_t* products;  // where taps are kept that registers cannot hold
   float initial;
-  const S* ahead;  // outputs to come, asked for a vector of floats at a time
+  const S*
+      ahead;  // outputs to come, asked for a vector of floats at a time: two instructions beside its sums
   int64_t ahead_step;
 };
 
@@ -126,20 +127,11 @@ LKCONV_INLINE Vec<float> join_columns(const ColumnSums<KW>& now, const ColumnSum
   return sum;
 }
 
-// The first n elements of a vector, or all; none if n is not positive.
-template <class S>
-LKCONV_INLINE void store_first(S* to, Vec<float> v, int64_t n) {
-  if (n >= kLanes<float>)
-    store_from(to, v);
-  else if (n > 0)
-    store_part(to, v, n);
-}
-
 // One vector of outputs at a time where registers hold all taps and the columns' sums, else two.
 template <class T, class S, int KH, int KW>
 void sum_flat_plane(const FlatPlane<T, S>& plane) {
   constexpr int L = kLanes<float>, R = kFlatRows<T, KH>, kProducts = (KH + R - 1) / R * KW;
-  constexpr int X = kProducts + 3 * KW <= 30 ? 1 : 2;
+  constexpr int X = flat_taps_are_held(kProducts, KW) ? 1 : 2;
   FlatPlane<T, S> p = plane;  // no store can change it
   const Vec<float> initial = broadcast(p.initial);
   Vec<float> held[X == 1 ? kProducts : 1];
@@ -201,6 +193,13 @@ LKCONV_INLINE void copy_elements(T* to, const T* from, int64_t n) {
   if (const ElementMask rest = first_elements(n - i)) store_bits(to + i, load_bits(from + i, rest), rest);
 }
 
+// Rows that lie `step` apart, next to each other.
+template <class T>
+LKCONV_INLINE void copy_rows(T* to, const T* from, int64_t step, int64_t rows, int64_t width) {
+  if (step == width) return copy_elements(to, from, rows * width);
+  for (int64_t y = 0; y < rows; ++y) copy_elements(to + y * width, from + y * step, width);
+}
+
 // Walks planes: while one is summed the next one is in scratch already.
 template <class T>
 class FlatTask {
@@ -236,11 +235,8 @@ class FlatTask {
 
  private:
   void load_plane(Plane p, T* window) const {
-    const T* from = element<T>(f_.input, p.n, f_.input_channel(p.c, 0), 0);
-    T* to = window + sizes_.image;
-    if (f_.input.stride_h == width_) return copy_elements(to, from, sizes_.rows * width_);
-    for (int64_t y = 0; y < sizes_.rows; ++y)
-      copy_elements(to + y * width_, from + y * f_.input.stride_h, width_);
+    copy_rows(window + sizes_.image, element<T>(f_.input, p.n, f_.input_channel(p.c, 0), 0),
+              f_.input.stride_h, sizes_.rows, width_);
   }
 
   void sum_plane(Plane p, const T* window) const {
@@ -265,19 +261,12 @@ class FlatTask {
     flat_kernel_of<T, S>(f_.kernel_h, f_.kernel_w)(plane);
   }
 
-  // For each vector of outputs and column of taps; those of a row are lanes [-x, width - x) for one or more
-  // x.
+  // For each vector of outputs and column of taps.
   void place_masks() const {
-    constexpr int64_t L = kLanes<float>;
     FlatMask* mask = masks_;
-    int64_t x = 0;  // column of the vector's first output
-    for (int64_t i = 0; i < f_.out_height * width_; i += L, x = (x + L) % width_)
-      for (int64_t v = 0; v < f_.kernel_w; ++v, ++mask) {
-        const int64_t move = v * f_.dil_w - f_.pad_w;
-        *mask = 0;
-        for (int64_t row = -x; row < L; row += width_)
-          *mask |= FlatMask(bits_inside(-row, 1, width_, L) & bits_inside(move - row, 1, width_, L));
-      }
+    for (int64_t i = 0; i < f_.out_height * width_; i += kLanes<float>)
+      for (int64_t v = 0; v < f_.kernel_w; ++v)
+        *mask++ = FlatMask(bits_in_row(i % width_, v * f_.dil_w - f_.pad_w, width_, kLanes<float>));
   }
 
   static constexpr int64_t kAheadBytes = 16 << 10;

@@ -37,10 +37,22 @@ LKCONV_INLINE uint32_t bits_inside(int64_t first, int64_t step, int64_t size, in
   return uint32_t((uint64_t(1) << b) - (uint64_t(1) << a));
 }
 
-// Bits [first, last) of `count`.
-LKCONV_INLINE uint32_t bits_of_range(int64_t first, int64_t last, int64_t count) {
-  const int64_t a = std::clamp<int64_t>(first, 0, count), b = std::clamp<int64_t>(last, a, count);
-  return uint32_t((uint64_t(1) << b) - (uint64_t(1) << a));
+// Elements counted through row after row, from column x on: those whose neighbour `move` columns on is in the
+// same row. Of each row they are neighbours themselves.
+LKCONV_INLINE uint32_t bits_in_row(int64_t x, int64_t move, int64_t width, int64_t count) {
+  uint32_t bits = 0;
+  for (int64_t row = -x; row < count; row += width)
+    bits |= bits_inside(-row, 1, width, count) & bits_inside(move - row, 1, width, count);
+  return bits;
+}
+
+// The first n elements of a vector, or all; none if n is not positive.
+template <class S>
+LKCONV_INLINE void store_first(S* to, Vec<float> v, int64_t n) {
+  if (n >= kLanes<float>)
+    store_from(to, v);
+  else if (n > 0)
+    store_part(to, v, n);
 }
 
 // The same bits, which the compiler takes for new ones: else it spreads them over the stack beforehand.

@@ -178,6 +178,12 @@ Count cost_in_place(const Geometry& g, int64_t reduce, DType dtype, const Machin
   return c;
 }
 
+// Whether vectors of a plane's own elements can be masked, and neighbours be read for neighbouring outputs.
+bool is_unit_in_place(const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
+  return m.isa >= Isa::avx512 && (dtype == DType::f32 || dtype == DType::bf16) && g.phases == 1 &&
+         g.stride_h == 1 && g.stride_w == 1 && reduce == 1;
+}
+
 // Costs of matrix units were fitted beside blocks of rows, not beside sweeps or planes counted through.
 bool beside_matrix_units(const Geometry& g, DType dtype, const Machine& m) {
   return m.isa == Isa::amx && dtype == DType::bf16 && g.kernel_h > 3;
@@ -216,9 +222,9 @@ Count cost_of_flat(const Geometry& g, DType dtype, const Machine& m, Plan& p) {
   p.tile_h = g.out_height;
   p.paired = dtype == DType::bf16 && m.bf16_pairs && g.kernel_h > 1;
   const int64_t products = (p.paired ? ceil_div(g.kernel_h, 2) : g.kernel_h) * g.kernel_w;
-  const double product = dtype == DType::bf16              ? kFlatBf16Product
-                         : products + 3 * g.kernel_w <= 30 ? kFlatProduct
-                                                           : kFlatLoadedTap;
+  const double product = dtype == DType::bf16                       ? kFlatBf16Product
+                         : flat_taps_are_held(products, g.kernel_w) ? kFlatProduct
+                                                                    : kFlatLoadedTap;
   const double once = product * double(products) + kFlatColumn * double(g.kernel_w - 1) + kFlatVector +
                       kFlatPixel * double(g.out_height * g.width);
   const double vectors = double(ceil_div(g.out_height * g.width, p.lanes));
@@ -262,8 +268,7 @@ Count cost_of_strip(const Geometry& g, DType dtype, const Machine& m, Plan& p) {
 }  // namespace
 
 int64_t swept_vectors(const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
-  if (m.isa < Isa::avx512 || (dtype != DType::f32 && dtype != DType::bf16)) return 0;
-  if (g.phases != 1 || g.stride_h != 1 || g.stride_w != 1 || reduce != 1) return 0;
+  if (!is_unit_in_place(g, reduce, dtype, m)) return 0;
   // Low kernels have few sums to add to while one is waited for.
   if (g.kernel_h < kLeastSweptRows || g.kernel_h > kMaxSweptRows || g.kernel_w > kMaxSweptColumns) return 0;
   const int64_t parts = dtype == DType::bf16 ? 2 : 1, lanes = parts * m.lanes_f32;
@@ -296,8 +301,7 @@ SweepSizes sweep_sizes(const Geometry& g, const Plan& plan) {
 }
 
 bool is_flat(const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
-  if (m.isa < Isa::avx512 || (dtype != DType::f32 && dtype != DType::bf16)) return false;
-  if (g.phases != 1 || g.stride_h != 1 || g.stride_w != 1 || reduce != 1) return false;
+  if (!is_unit_in_place(g, reduce, dtype, m)) return false;
   if (g.kernel_h < 1 || g.kernel_h > kMostFlatTaps || g.kernel_w % 2 == 0 || g.kernel_w > kMostFlatTaps)
     return false;
   if (beside_matrix_units(g, dtype, m) || flat_sizes(g, dtype_size(dtype)).bytes > kMaxScratchBytes)
@@ -307,24 +311,22 @@ bool is_flat(const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
 }
 
 FlatSizes flat_sizes(const Geometry& g, int64_t element) {
-  constexpr int64_t kLanes = 16, kLine = 64;
-  const int64_t line = kLine / element, rows = g.out_height + (g.kernel_h - 1) * g.dil_h;
-  const int64_t pixels = g.out_height * g.width, vectors = ceil_div(pixels, kLanes);
+  const int64_t line = kMaskedBytes / element, rows = g.out_height + (g.kernel_h - 1) * g.dil_h;
+  const int64_t pixels = g.out_height * g.width, vectors = ceil_div(pixels, kMaskedLanes);
   FlatSizes s{};
   s.rows = std::clamp<int64_t>(rows - g.pad_h, 0, g.height);
   s.image = round_up(g.pad_h * g.width + g.pad_w, line);
   // The sums of a vector more than there are, and of two at a time, read on behind the last row.
-  s.window = round_up(s.image + (rows - g.pad_h) * g.width + 4 * kLanes, line) * element;
-  s.products = round_up(g.kernel_h * g.kernel_w * int64_t(sizeof(uint32_t)), kLine);
-  s.finished = round_up(vectors * kLanes + kLanes, kLanes) * int64_t(sizeof(float));
+  s.window = round_up(s.image + (rows - g.pad_h) * g.width + 4 * kMaskedLanes, line) * element;
+  s.products = round_up(g.kernel_h * g.kernel_w * int64_t(sizeof(uint32_t)), kMaskedBytes);
+  s.finished = (vectors + 1) * kMaskedBytes;
   // Two vectors at a time take the masks of one more than there are.
   s.bytes = 2 * s.window + s.products + s.finished + (vectors + 1) * g.kernel_w * int64_t(sizeof(FlatMask));
   return s;
 }
 
 bool is_strip(const Geometry& g, int64_t reduce, DType dtype, const Machine& m) {
-  if (m.isa < Isa::avx512 || (dtype != DType::f32 && dtype != DType::bf16)) return false;
-  if (g.phases != 1 || g.stride_h != 1 || g.stride_w != 1 || reduce != 1) return false;
+  if (!is_unit_in_place(g, reduce, dtype, m)) return false;
   if (g.dil_h != 1 || g.dil_w != 1 || g.pad_h < 0 || g.pad_w < 0) return false;
   if (m.isa == Isa::amx && dtype == DType::bf16) return false;
   const bool tall = g.kernel_w == 1 && g.kernel_h > 1 && g.pad_w == 0 && g.out_width == g.width;
@@ -334,10 +336,9 @@ bool is_strip(const Geometry& g, int64_t reduce, DType dtype, const Machine& m) 
 }
 
 StripSizes strip_sizes(const Geometry& g, int64_t element) {
-  constexpr int64_t kLanes = 16;
   const bool copied = element < int64_t(sizeof(float));
-  return {round_up(g.kernel_h * g.kernel_w + 2 * kStripSlack, kLanes),
-          copied ? round_up(g.height * g.width, kLanes) + kLanes : 0};
+  return {round_up(g.kernel_h * g.kernel_w + 2 * kStripSlack, kMaskedLanes),
+          copied ? round_up(g.height * g.width, kMaskedLanes) + kMaskedLanes : 0};
 }
 
 PlanarSizes planar_sizes(const PlanarProblem& p, const Plan& plan) {

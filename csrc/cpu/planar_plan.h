@@ -97,9 +97,14 @@ struct SweepSizes {
 SweepSizes sweep_sizes(const Geometry& g, const Plan& plan);
 constexpr int64_t kSweepBlockBytes = 4 * int64_t(sizeof(int64_t));
 
+// Floats of a vector, and bytes, where there are masked loads.
+constexpr int64_t kMaskedLanes = 16, kMaskedBytes = 64;
+
 // planar_flat.h: whether a plane's outputs can be counted through, and its scratch, in bytes of each part but
 // for the image.
 constexpr int64_t kMostFlatTaps = 7;  // of a row and of a column
+// Whether registers hold so many products' taps beside the columns' sums of two vectors.
+constexpr bool flat_taps_are_held(int64_t products, int64_t columns) { return products + 3 * columns <= 30; }
 using FlatMask = uint16_t;
 bool is_flat(const Geometry& g, int64_t reduce, DType dtype, const Machine& m);
 struct FlatSizes {

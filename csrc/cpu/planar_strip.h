@@ -89,13 +89,7 @@ void sum_strip(const StripBlock<S>& block) {
 #pragma GCC unroll 16
   for (int y = 0; y < Y; ++y)
 #pragma GCC unroll 4
-    for (int x = 0; x < X; ++x) {
-      S* to = b.out + y * b.out_row + x * L;
-      if (x + 1 < X || b.last == first_elements(L))
-        store_from(to, sums[y][x]);
-      else
-        store_part(to, sums[y][x], columns - x * L);
-    }
+    for (int x = 0; x < X; ++x) store_first(b.out + y * b.out_row + x * L, sums[y][x], columns - x * L);
 }
 
 // The kernels of each kind of block.

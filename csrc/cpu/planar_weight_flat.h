@@ -4,15 +4,12 @@
 // of bfloat16 two pixels at once where the processor multiplies pairs. Both planes are read where they are.
 #pragma once
 
+#include "planar_flat.h"
 #include "planar_weight.h"
 
 namespace lkconv::cpu::LKCONV_ISA {
 
 #if LKCONV_AVX512
-
-// Pixels of a vector: those of a tensor's own elements where pairs are multiplied.
-template <class T>
-constexpr int kFlatPixels = 64 / int64_t(sizeof(T));
 
 // Planes of one channel in some images. Pixel i, counted through, meets for tap (u, v) output i - v * dil +
 // pad_w and takes its value from in[i + u * row]. For vector i / L, masks_of_vector apart, columns[v] says
@@ -47,7 +44,7 @@ LKCONV_INLINE void add_flat_pixels(Vec<float>& sum, const bf16*, VU32 outputs, V
 template <class T, int K, int V, bool kEdge, bool kExact>
 LKCONV_INLINE void add_flat_vector(Vec<float> (&a)[K][V], const FlatPair<T>& r, const T* grad, const T* in,
                                    int64_t i) {
-  const int64_t masks = i / kFlatPixels<T> * r.masks_of_vector;
+  const int64_t masks = i / kElements<T> * r.masks_of_vector;
   ElementMask columns[V];
   VU32 g[V];
 #pragma GCC unroll 8
@@ -71,7 +68,7 @@ LKCONV_INLINE void add_flat_vector(Vec<float> (&a)[K][V], const FlatPair<T>& r, 
 
 template <class T, int K, int V, bool kExact>
 void correlate_flat(const FlatPair<T>& r) {
-  constexpr int L = kFlatPixels<T>;
+  constexpr int L = kElements<T>;
   Vec<float> a[K][V] = {};
   for (int64_t n = 0; n < r.images; ++n) {
     const T *grad = r.grad + n * r.grad_image, *in = r.in + n * r.in_image;
@@ -156,19 +153,15 @@ class FlatWeightTask {
     const T *grad = r.grad, *in = r.in;
     r.images = 1, r.grad = grad_, r.in = in_;
     for (int64_t i = 0; i < images; ++i) {
-      copy_rows(grad_, grad + i * r.grad_image, p_.grad_output.stride_h, p_.out_height);
-      copy_rows(in_, in + i * r.in_image, p_.input.stride_h, p_.height);
+      copy_rows(grad_, grad + i * r.grad_image, p_.grad_output.stride_h, p_.out_height, p_.width);
+      copy_rows(in_, in + i * r.in_image, p_.input.stride_h, p_.height, p_.width);
       add_taps(r, sums);
     }
   }
 
-  void copy_rows(T* to, const T* from, int64_t step, int64_t rows) const {
-    for (int64_t y = 0; y < rows; ++y) copy_elements(to + y * p_.width, from + y * step, p_.width);
-  }
-
   // As many kernel rows at a time as registers hold sums of.
-  void add_taps(FlatPair<T>& r, float* sums) const {
-    constexpr int64_t L = kFlatPixels<T>;
+  void add_taps(FlatPair<T> r, float* sums) const {
+    constexpr int64_t L = kElements<T>;
     const T* plane = r.in;
     const int64_t part = even_part(p_.kernel_h, flat_weight_rows(p_.kernel_w));
     for (int64_t u = 0, k; u < p_.kernel_h; u += k) {
@@ -181,34 +174,25 @@ class FlatWeightTask {
       r.sums = sums + u * r.sums_of_row;
       flat_weight_kernel<T>(k, p_.kernel_w)(r);
     }
-    r.in = plane;
   }
 
   // Those of FlatPair for each vector of pixels, of all kernel rows.
   void place_masks() const {
-    constexpr int64_t L = kFlatPixels<T>;
+    constexpr int64_t L = kElements<T>;
     const int64_t count = p_.out_height * p_.width;
     ElementMask* mask = masks_;
     for (int64_t i = 0; i < count; i += L) {
       const ElementMask *columns = mask, *pixels = mask + p_.kernel_w;
-      for (int64_t v = 0; v < p_.kernel_w; ++v) *mask++ = column_mask(i, v * p_.dil_w - p_.pad_w);
+      for (int64_t v = 0; v < p_.kernel_w; ++v)
+        *mask++ = bits_in_row(i % p_.width, p_.pad_w - v * p_.dil_w, p_.width, L) &
+                  first_elements(std::min(L, count - i));
       for (int64_t u = 0; u < p_.kernel_h; ++u) {
         const int64_t first = i + (u * p_.dil_h - p_.pad_h) * p_.width;
-        *mask++ = bits_of_range(-first, p_.height * p_.width - first, L);
+        *mask++ = bits_inside(first, 1, p_.height * p_.width, L);
       }
       for (int64_t u = 0; u < p_.kernel_h; ++u)
         for (int64_t v = 0; v < p_.kernel_w; ++v) *mask++ = pixels[u] & columns[v];
     }
-  }
-
-  // Pixels from i on whose column is `move` after an output's. Those of a row are neighbours.
-  ElementMask column_mask(int64_t i, int64_t move) const {
-    constexpr int64_t L = kFlatPixels<T>;
-    const int64_t count = p_.out_height * p_.width, a = std::max<int64_t>(0, move),
-                  b = std::min(p_.width, p_.width + move);
-    ElementMask mask = 0;
-    for (int64_t row = -(i % p_.width); row < L; row += p_.width) mask |= bits_of_range(row + a, row + b, L);
-    return mask & bits_of_range(0, count - i, L);
   }
 
   const WeightProblem& p_;

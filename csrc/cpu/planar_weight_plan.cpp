@@ -71,7 +71,7 @@ bool flat_weight_plan(const Geometry& g, DType dtype, const Machine& m, Plan& pl
 }
 
 // Sums of blocks of rows.
-const char* row_weight_plan(const Geometry& g, DType dtype, const Machine&, Plan& plan) {
+const char* row_weight_plan(const Geometry& g, Plan& plan) {
   const bool unit = g.stride_h == 1 && g.stride_w == 1, two = g.stride_h == 2 && g.stride_w == 2;
   if (!(unit || two) || g.dil_h != 1 || g.dil_w != 1)
     return "its backward_weight takes strides of 1 or 2 without dilation";
@@ -100,13 +100,12 @@ PlanarWeightSizes planar_weight_sizes(const Geometry& g, int64_t lanes) {
 }
 
 FlatWeightSizes flat_weight_sizes(const Geometry& g, int64_t element) {
-  constexpr int64_t kLanes = 16, kLine = 64;
-  const int64_t vectors = ceil_div(g.out_height * g.width * element, kLine);
+  const int64_t vectors = ceil_div(g.out_height * g.width * element, kMaskedBytes);
   FlatWeightSizes s{};
-  s.sums = round_up(g.kernel_h * g.kernel_w, kLanes) * kLanes;
-  s.masks = round_up(vectors * flat_weight_masks(g) * int64_t(sizeof(uint32_t)), kLine);
-  s.grad = round_up(g.out_height * g.width * element, kLine);
-  s.bytes = kLanes * s.sums * int64_t(sizeof(float)) + s.masks + s.grad + g.height * g.width * element;
+  s.sums = round_up(g.kernel_h * g.kernel_w, kMaskedLanes) * kMaskedLanes;
+  s.masks = round_up(vectors * flat_weight_masks(g) * int64_t(sizeof(uint32_t)), kMaskedBytes);
+  s.grad = round_up(g.out_height * g.width * element, kMaskedBytes);
+  s.bytes = kMaskedLanes * s.sums * int64_t(sizeof(float)) + s.masks + s.grad + g.height * g.width * element;
   return s;
 }
 
@@ -115,7 +114,7 @@ const char* planar_weight_plan(const Geometry& g, DType dtype, const Machine& m,
   if (dtype != DType::f32 && dtype != DType::bf16) return "its backward_weight reads float32 and bfloat16";
   Plan flat = plan;
   const bool counted = flat_weight_plan(g, dtype, m, flat);
-  const char* declined = row_weight_plan(g, dtype, m, plan);
+  const char* declined = row_weight_plan(g, plan);
   if (counted && (declined || flat.cycles < plan.cycles)) plan = flat, declined = nullptr;
   plan.cycles *= costs_on(m).planar;
   return declined;

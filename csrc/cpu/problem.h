@@ -31,7 +31,7 @@ struct Plan {
   int64_t together = 1;            // direct in place: channel groups whose sums registers hold together
   bool in_place = false;           // direct, planar: tensors are read where they are
   Gather gather = Gather::none;    // direct in place: what is copied first
-  bool paired = false;             // direct: products are of two rows of bfloat16 at once (row_products.h)
+  bool paired = false;             // direct, flat: products are of two rows of bfloat16 (row_products.h)
   int64_t swept = 0;               // planar in place: vectors of columns summed row after row, 0: in blocks
   bool flat = false;               // planar: outputs are counted through row after row (planar_flat.h)
   bool strip = false;              // planar: a row or column of taps as a band (planar_strip.h)
