@@ -140,7 +140,18 @@ inline StripRange strip_range(int64_t output, int64_t outputs, int64_t pad, int6
   return r;
 }
 
-// planar_weight.h: rows of outputs in registers, kernel rows of one call, and columns of taps beside so many.
+// planar_weight_sweep.h: kernel rows of one call, and columns of taps beside so many: sums, and a row of
+// outputs for each kernel row, are in registers.
+constexpr int64_t kMaxWeightSweepRows = 7;
+constexpr int64_t swept_weight_columns(int64_t rows) { return std::min<int64_t>(8, 30 / rows - 1); }
+
+constexpr int64_t kLongestWeightSum = 256;  // products of a lane
+// Rows of both tensors that a sweep goes down, vector after vector of columns; and of tensors beyond the
+// caches, where products take less time than memory.
+constexpr int64_t kWeightTileBytes = 256 << 10, kFarWeightTileBytes = 24 << 10;
+
+// planar_weight_strided.h: rows of outputs in registers, kernel rows of one call, and columns of taps beside
+// so many.
 constexpr int64_t kWeightBlockRows = 7;
 constexpr int64_t kMaxWeightRows = 3;
 constexpr int64_t weight_columns(int64_t rows) { return rows == 1 ? 8 : 4; }
@@ -150,7 +161,7 @@ struct PlanarWeightSizes {
   int64_t sums, bytes;
 };
 PlanarWeightSizes planar_weight_sizes(const Geometry& g, int64_t lanes);
-constexpr int64_t kTapColumnBytes = 5 * int64_t(sizeof(uint32_t));  // of a TapColumn of planar_weight.h
+constexpr int64_t kTapColumnBytes = 5 * int64_t(sizeof(uint32_t));  // of a TapColumn of planar_weight_strided.h
 
 // planar_weight_flat.h: kernel rows whose sums registers hold, and its scratch: floats of one channel's sums,
 // bytes of the rest.

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "planar_flat.h"
-#include "planar_weight.h"
+#include "planar_weight_sums.h"
 
 namespace lkconv::cpu::LKCONV_ISA {
 
