@@ -143,7 +143,8 @@ def test_beats_direct_sums_on_real_layers(pass_name, size, kernel):
 @pytest.mark.parametrize("pass_name", PASSES)
 @pytest.mark.parametrize("kernel", [5, 7, 9, 11, 13])
 def test_chosen_for_middle_kernels(pass_name, kernel):
-    assert candidates(pass_name, (8, 96, 56, 56), (kernel, kernel))[1] == "toeplitz"
+    swept = pass_name == "backward_weight" and kernel == 5
+    assert candidates(pass_name, (8, 96, 56, 56), (kernel, kernel))[1] == ("planar" if swept else "toeplitz")
 
 
 @needs_amx_code

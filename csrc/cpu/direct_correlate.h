@@ -19,12 +19,13 @@ struct RowsAhead {
   int64_t rows, pixels;  // of the input that are new with each pixel of grad_output
   int64_t left = 0;      // of these pixels
   int64_t lines = 0;     // for each of them: groups whose products are computed together
+  bool own = false;      // whether all lines are of one group
 
   LKCONV_INLINE void request(int64_t count) {
     const int64_t n = std::min(count, left);
     if (n <= 0) return;
     left -= n;
-    if (pixels == 1 && rows == 1) {  // nearly always, and beside few products
+    if (own) {  // beside few products
       grad.request_own(n);
       return in[0].request_own(n);
     }
@@ -126,16 +127,98 @@ LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, Pixels grad, Pixels i
     for (int v = 0; v < V; ++v) store(acc + u * acc_row + v * L, load(acc + u * acc_row + v * L) + a[u][v]);
 }
 
-// Values of x at a time: as many as registers hold, and such that they divide the rows of most networks.
+// A sweep takes the pixels of a row one after the other. A pixel meets the V values of grad that registers
+// keep until it has passed: U + 1 loads for U V multiply-adds. These are the taps [V0, V1) of pixel `in`.
+template <class Product, int V0, int V1, class T, int U, int V, class Pixels>
+LKCONV_INLINE void sweep_pixel(Vec<T> (&a)[U][V], const Vec<T> (&d)[V], Pixels in, int64_t in_row) {
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u, in += in_row) {
+    Vec<T> p = Product::value(load(in));
+    keep(p);
+#pragma GCC unroll 8
+    for (int v = V0; v < V1; ++v) Product::add(a[u][v], d[v], p);
+  }
+}
+// Moves on to the next value of grad, if there is one.
+template <class Product, class T, int V, class Pixels>
+LKCONV_INLINE void next_value(Vec<T> (&d)[V], Pixels& grad, int64_t step, bool more) {
+#pragma GCC unroll 8
+  for (int v = V - 1; v > 0; --v) d[v] = d[v - 1];
+  if (more) d[0] = Product::value(load(grad)), grad += step;
+}
+
+// The first pixels of a row meet one value of grad after the other, and the last ones leave them.
+template <class Product, class T, int U, int V, class Pixels, int... n>
+LKCONV_INLINE void sweep_first_pixels(Vec<T> (&a)[U][V], Vec<T> (&d)[V], Pixels& grad, int64_t grad_step,
+                                      Pixels& in, int64_t in_step, int64_t in_row,
+                                      std::integer_sequence<int, n...>) {
+  ((n > 0 ? next_value<Product, T>(d, grad, grad_step, true) : void(),
+    sweep_pixel<Product, 0, V - int(sizeof...(n)) + n, T>(a, d, in, in_row), in += in_step),
+   ...);
+}
+template <class Product, class T, int U, int V, class Pixels, int... n>
+LKCONV_INLINE void sweep_last_pixels(Vec<T> (&a)[U][V], Vec<T> (&d)[V], Pixels& in, int64_t in_step,
+                                     int64_t in_row, std::integer_sequence<int, n...>) {
+  ((next_value<Product, T>(d, in, 0, false), sweep_pixel<Product, n + 1, V, T>(a, d, in, in_row),
+    in += in_step),
+   ...);
+}
+
+// a[u][v] += sum over x < n of grad[x] * in[u][x + v]; see correlate_unit for kHalo. At least V pixels that
+// are read.
+template <class Product, class T, int U, int V, bool kHalo, class Pixels, class Steps>
+LKCONV_INLINE void sweep_row(Vec<T> (&a)[U][V], Pixels grad, Pixels in, int64_t in_row, int64_t n,
+                             const Steps& steps) {
+  constexpr int P = kHalo ? V / 2 : 0, kEdge = V - 1 - P, kAsked = 7;
+  constexpr auto kEdges = std::make_integer_sequence<int, kEdge>();
+  const int64_t dg = steps.grad(), di = steps.in();
+  Vec<T> d[V] = {};  // d[v]: the value v pixels back
+  in += P * di;
+#pragma GCC unroll 8
+  for (int v = 0; v <= P; ++v) next_value<Product, T>(d, grad, dg, true);
+  steps.request(2 * kEdge);
+  sweep_first_pixels<Product, T>(a, d, grad, dg, in, di, in_row, kEdges);
+  for (int64_t x = kEdge; x < n - P;) {
+    const int64_t stop = std::min(x + kAsked, n - P);
+    steps.request(stop - x);
+    for (; x < stop; ++x, in += di) {
+      if (kEdge > 0 || x > 0) next_value<Product, T>(d, grad, dg, true);
+      sweep_pixel<Product, 0, V, T>(a, d, in, in_row);
+    }
+  }
+  sweep_last_pixels<Product, T>(a, d, in, di, in_row, kEdges);
+}
+
+// Rows of grad and of the input that meet, one after the other.
+struct RowSteps {
+  int64_t rows, grad, in;  // elements from one to the next
+};
+
+// The same for some rows, whose sums stay in registers.
+template <class Product, class T, int U, int V, bool kHalo, class Pixels, class Steps>
+LKCONV_INLINE void sweep_rows(T* acc, int64_t acc_row, Pixels grad, Pixels in, int64_t in_row, int64_t n,
+                              const RowSteps& rows, const Steps& steps) {
+  Vec<T> a[U][V] = {};
+  for (int64_t y = 0; y < rows.rows; ++y)
+    sweep_row<Product, T, U, V, kHalo>(a, grad + y * rows.grad, in + y * rows.in, in_row, n, steps);
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      T* to = acc + u * acc_row + v * kLanes<T>;
+      store(to, load(to) + a[u][v]);
+    }
+}
+
 template <class Product, class T, int U, int V, bool kHalo, class Pixels, class Steps>
 LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, Pixels grad, Pixels in, int64_t in_row, int64_t n,
-                                  const Steps& steps) {
-  if constexpr (kRegisters < 32)
-    correlate_unit<Product, T, U, V, 4, kHalo>(acc, acc_row, grad, in, in_row, n, steps);
-  else if (n % 7 == 0)
-    correlate_unit<Product, T, U, V, 7, kHalo>(acc, acc_row, grad, in, in_row, n, steps);
-  else
-    correlate_unit<Product, T, U, V, 8, kHalo>(acc, acc_row, grad, in, in_row, n, steps);
+                                  const Steps& steps, const RowSteps& rows = {1, 0, 0}) {
+  if constexpr (kRegisters < 32)  // which are asked for single rows
+    return correlate_unit<Product, T, U, V, 4, kHalo>(acc, acc_row, grad, in, in_row, n, steps);
+  if (n >= V) return sweep_rows<Product, T, U, V, kHalo>(acc, acc_row, grad, in, in_row, n, rows, steps);
+  for (int64_t y = 0; y < rows.rows; ++y)
+    correlate_unit<Product, T, U, V, 4, kHalo>(acc, acc_row, grad + y * rows.grad, in + y * rows.in, in_row,
+                                               n, steps);
 }
 
 // The same for any stride and dilation.
@@ -158,8 +241,32 @@ LKCONV_INLINE void correlate_strided(T* acc, int64_t acc_row, const T* grad, con
     for (int v = 0; v < V; ++v) store(acc + u * acc_row + v * L, load(acc + u * acc_row + v * L) + a[u][v]);
 }
 
-// Kernel rows handled together: enough independent sums to hide the latency of a multiply-add.
-constexpr int rows_together(int taps) { return taps <= 3 ? 3 : taps <= (kRegisters >= 32 ? 7 : 5) ? 2 : 1; }
+// Kernel rows handled together: enough independent sums to hide the latency of a multiply-add, and with 32
+// registers as many as they hold beside a row's values of grad.
+constexpr int rows_together(int taps) {
+  if (kRegisters < 32) return taps <= 3 ? 3 : taps <= 5 ? 2 : 1;
+  return taps <= 5 ? 5 : taps <= 7 ? 3 : 2;
+}
+// Of `left` rows, those of the next part: single rows are few sums.
+constexpr int64_t next_rows(int64_t left, int64_t most) {
+  return left == 4 && most < 5 ? std::min<int64_t>(most, 2) : std::min(most, left);
+}
+// Calls each(u, part) for `rows` kernel rows in parts of at most kMost, whose size is a constant.
+template <int kMost, class Each>
+LKCONV_INLINE void for_rows_together(int64_t rows, Each&& each) {
+  for (int64_t u = 0, part; u < rows; u += part) {
+    part = next_rows(rows - u, kMost);
+    if constexpr (kMost >= 5) {
+      if (part == 4) each(u, std::integral_constant<int, 4>());
+      if (part == 5) each(u, std::integral_constant<int, 5>());
+    }
+    if constexpr (kMost >= 3)
+      if (part == 3) each(u, std::integral_constant<int, 3>());
+    if constexpr (kMost >= 2)
+      if (part == 2) each(u, std::integral_constant<int, 2>());
+    if (part == 1) each(u, std::integral_constant<int, 1>());
+  }
+}
 
 // How a row of grad_output meets rows of the input.
 struct RowMatch {
@@ -182,12 +289,9 @@ LKCONV_INLINE void correlate_some(T* acc, int64_t acc_row, const T* grad, const 
 template <class Product, class T, int V>
 void correlate_rows(T* acc, int64_t acc_row, const T* grad, const T* in, int64_t in_row, int64_t rows,
                     const RowMatch& m) {
-  constexpr int U = rows_together(V);
-  int64_t u = 0;
-  for (; u + U <= rows; u += U)
-    correlate_some<Product, T, U, V>(acc + u * acc_row, acc_row, grad, in + u * in_row, in_row, m);
-  for (; u < rows; ++u)
-    correlate_some<Product, T, 1, V>(acc + u * acc_row, acc_row, grad, in + u * in_row, in_row, m);
+  for_rows_together<rows_together(V)>(rows, [&](int64_t u, auto part) __attribute__((always_inline)) {
+    correlate_some<Product, T, part(), V>(acc + u * acc_row, acc_row, grad, in + u * in_row, in_row, m);
+  });
 }
 
 // All taps of kernel rows [0, rows) against one row of grad_output, or against two.

@@ -95,6 +95,7 @@ struct RowPair {
   int64_t width, stride;    // pixels of the image's row, and how many lie between outputs
   int64_t group;            // floats between the sums of two groups
   TensorSteps steps;
+  RowSteps next = {1, 0, 0};  // rows of grad_output, at a stride of 1
 };
 
 // acc[u][v] += sum over x < n of grad[x] * in[u][S x + v] for a stride S: each output loads its pixels anew.
@@ -121,22 +122,18 @@ LKCONV_INLINE void correlate_strided_unit(float* acc, const RowPair<Pixels>& r, 
 
 template <int V, class Pixels>
 void correlate_rows_in_place(float* acc, const RowPair<Pixels>& r) {
-  constexpr int U = rows_together(V), L = kLanes<float>;
-  constexpr bool kHalo = V > 1;
-  int64_t u = 0;
-  if (r.stride != 1) {
-    for (; u + U <= r.rows; u += U) correlate_strided_unit<U, V>(acc + u * V * L, r, r.in + u * r.in_row);
-    for (; u < r.rows; ++u) correlate_strided_unit<1, V>(acc + u * V * L, r, r.in + u * r.in_row);
-    return;
-  }
-  if constexpr (!std::is_same_v<Pixels, GroupsPointer>) {
-    for (; u + U <= r.rows; u += U)
-      correlate_unit<ProductOf<Pixels>, float, U, V, kHalo>(acc + u * V * L, V * L, r.grad,
-                                                            r.in + u * r.in_row, r.in_row, r.n, r.steps);
-    for (; u < r.rows; ++u)
-      correlate_unit<ProductOf<Pixels>, float, 1, V, kHalo>(acc + u * V * L, V * L, r.grad,
-                                                            r.in + u * r.in_row, r.in_row, r.n, r.steps);
-  }
+  constexpr int L = kLanes<float>;
+  constexpr int kMost = std::is_same_v<Pixels, GroupsPointer> ? (V <= 3 ? 3 : 2) : rows_together(V);
+  for_rows_together<kMost>(r.rows, [&](int64_t u, auto part) __attribute__((always_inline)) {
+    constexpr int U = part();
+    float* to = acc + u * V * L;
+    const Pixels in = r.in + u * r.in_row;
+    if (r.stride != 1)
+      correlate_strided_unit<U, V>(to, r, in);
+    else if constexpr (!std::is_same_v<Pixels, GroupsPointer>)
+      correlate_unit<ProductOf<Pixels>, float, U, V, (V > 1)>(to, V * L, r.grad, in, r.in_row, r.n, r.steps,
+                                                              r.next);
+  });
 }
 
 template <class Pixels>
@@ -166,6 +163,7 @@ LKCONV_INLINE RowsAhead rows_ahead(const WeightProblem& p, const T* grads, const
   ahead.pixels = p.stride_w, ahead.lines = together;
   ahead.rows = std::min(rows, RowsAhead::kMaxRows);
   const bool shared = p.stride_w > 1;
+  ahead.own = !shared && ahead.rows == 1;
   const auto pixels_ahead = [&](const T* row, int64_t step, int64_t stride) {
     return shared ? PixelsAhead(row - g * kElements<T>, step, groups, g * pixels * stride)
                   : PixelsAhead(row, step);
@@ -176,46 +174,122 @@ LKCONV_INLINE RowsAhead rows_ahead(const WeightProblem& p, const T* grads, const
   return ahead;
 }
 
+// Channel groups of one image: the elements of channel `c` on, and their sums.
+template <class T>
+struct ImageGroup {
+  int64_t n, c;
+  float* sums;
+};
+
+// Adds the products of `next.rows` rows of grad_output from y on, kRows apart, with kernel rows [u0, u1).
+template <class Product, class T>
+LKCONV_INLINE void correlate_rows_of_image(const WeightProblem& p, const ImageGroup<T>& group, int64_t y,
+                                           int64_t u0, int64_t u1, int64_t rows, int64_t together,
+                                           RowsAhead& ahead) {
+  constexpr int64_t kApart = Product::kRows;
+  const TensorView &in = p.input, &grad = p.grad_output;
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  const T* grads = element<T>(grad, group.n, group.c, y);
+  const T* pixels = element<T>(in, group.n, group.c, 0) +
+                    (y * p.stride_h - p.pad_h + u0 * p.dil_h) * in.stride_h - p.pad_w * in.stride_w;
+  const TensorSteps steps{grad.stride_w, in.stride_w, &ahead};
+  float* acc = group.sums + u0 * p.kernel_w * kLanes<float>;
+  const int64_t below = in.stride_h * p.stride_h;
+  const auto add = [&](auto grad_pixels, auto in_pixels, float* to) {
+    correlate_in_place<decltype(grad_pixels)>(to, p.kernel_w,
+                                              {grad_pixels,
+                                               in_pixels,
+                                               in.stride_h * p.dil_h,
+                                               u1 - u0,
+                                               p.out_width,
+                                               p.width,
+                                               p.stride_w,
+                                               taps * kLanes<float>,
+                                               steps,
+                                               {rows, kApart * grad.stride_h, kApart * below}});
+  };
+#if LKCONV_VECTOR_REGISTERS >= 32
+  if constexpr (kFloatParts<T> == 1)
+    if (together == 2) return add(GroupsPointer{grads}, GroupsPointer{pixels}, acc);
+#endif
+  add(part_pointer<Product, 0>(grads, grad.stride_h), part_pointer<Product, 0>(pixels, below), acc);
+  if constexpr (kFloatParts<T> == 2)
+    add(part_pointer<Product, 1>(grads, grad.stride_h), part_pointer<Product, 1>(pixels, below),
+        acc + taps * kLanes<float>);
+}
+
+// What a group asks for of the rows after [y0, y1).
+template <class T>
+RowsAhead tile_ahead(const WeightProblem& p, const ImageGroup<T>& group, int64_t y0, int64_t y1) {
+  const int64_t next = (y1 - 1) * p.stride_h - p.pad_h + (p.kernel_h - 1) * p.dil_h + 1;
+  RowsAhead ahead;
+  ahead.left = (y1 - y0) * p.out_width, ahead.pixels = ahead.rows = ahead.lines = 1, ahead.own = true;
+  ahead.grad = PixelsAhead(element<T>(p.grad_output, group.n, group.c, y1), p.grad_output.stride_w);
+  ahead.in[0] = PixelsAhead(element<T>(p.input, group.n, group.c, next), p.input.stride_w);
+  return ahead;
+}
+
+// Rows [y0, y1) of grad_output for one group: the rows that meet as many kernel rows as registers hold are
+// summed in registers, the others one after the other.
+template <class T>
+void correlate_tile_in_place(const WeightProblem& p, const ImageGroup<T>& group, int64_t y0, int64_t y1,
+                             RowsAhead ahead) {
+  RowsAhead nothing;
+  const int64_t most = rows_together(int(p.kernel_w));
+  for (int64_t u = 0, k; u < p.kernel_h; u += k) {
+    k = next_rows(p.kernel_h - u, most);
+    const int64_t top = p.pad_h - u * p.dil_h, bottom = p.height + p.pad_h - (u + k - 1) * p.dil_h;
+    const int64_t a = std::clamp(ceil_div(std::max<int64_t>(0, top), p.stride_h), y0, y1);
+    int64_t b = std::clamp(ceil_div(std::max<int64_t>(0, bottom), p.stride_h), a, y1);
+    b -= (b - a) % kRowsTogether;
+    const auto edges = [&](int64_t from, int64_t to) {
+      for_steps_over_rows(p, from, to, [&](auto product, int64_t y, int64_t u0, int64_t u1) {
+        u0 = std::max(u0, u), u1 = std::min(u1, u + k);
+        if (u0 < u1) correlate_rows_of_image<decltype(product)>(p, group, y, u0, u1, 1, 1, nothing);
+      });
+    };
+    edges(y0, a);
+    if (a < b) correlate_rows_of_image<Rows>(p, group, a, u, u + k, (b - a) / kRowsTogether, 1, ahead);
+    edges(b, y1);
+    ahead.left = 0;
+  }
+}
+
+// Rows of grad_output that one group sums before the next one does: few where memory is asked for, the rows
+// that follow; else as many as stay near.
+constexpr int64_t kAskingRows = 4, kTilePixels = 800;
+
 // The sums of one image for `count` groups from channel c0 on, whose elements are next to each other,
 // `together` groups at a time.
 template <class T>
 void correlate_image_in_place(const WeightProblem& p, float* sums, int64_t count, int64_t together, int64_t n,
                               int64_t c0, bool request) {
   constexpr int64_t L = kElements<T>;
-  const TensorView &in = p.input, &grad = p.grad_output;
   const int64_t taps = p.kernel_h * p.kernel_w;
   zero(sums, count * taps * kFloatParts<T>);
+  const auto group = [&](int64_t g) {
+    return ImageGroup<T>{n, std::min(c0 + g * L, p.channels - L), sums + g * taps * L};
+  };
+  if (kRegisters >= 32 && p.stride_w == 1) {
+    const int64_t rows = request ? kAskingRows : std::max(kAskingRows, kTilePixels / p.out_width);
+    for (int64_t y = 0, end; y < p.out_height; y = end) {
+      end = std::min(y + rows, p.out_height);
+      for (int64_t g = 0; g < count; ++g) {
+        const ImageGroup<T> at = group(g);
+        correlate_tile_in_place<T>(p, at, y, end, request ? tile_ahead<T>(p, at, y, end) : RowsAhead());
+      }
+    }
+    return;
+  }
   for_steps_over_rows(p, 0, p.out_height, [&](auto product, int64_t y, int64_t u0, int64_t u1) {
-    using Product = decltype(product);
-    const int64_t top = y * p.stride_h - p.pad_h;
-    const int64_t next = std::max<int64_t>(0, top + (p.kernel_h - 1) * p.dil_h + 1);
+    const int64_t next = std::max<int64_t>(0, y * p.stride_h - p.pad_h + (p.kernel_h - 1) * p.dil_h + 1);
     for (int64_t g = 0; g < count; g += together) {
-      const int64_t c = std::min(c0 + g * L, p.channels - L);
-      const T* grads = element<T>(grad, n, c, y);
-      const T* image = element<T>(in, n, c, 0);
-      RowsAhead ahead = rows_ahead(p, grads, image + next * in.stride_h,
+      const ImageGroup<T> at = group(g);
+      RowsAhead ahead = rows_ahead(p, element<T>(p.grad_output, n, at.c, y),
+                                   element<T>(p.input, n, at.c, 0) + next * p.input.stride_h,
                                    std::clamp<int64_t>(p.height - next, 0, p.stride_h), count, g, together,
                                    request && y + 1 < p.out_height ? p.out_width : 0);
-      const TensorSteps steps{grad.stride_w, in.stride_w, &ahead};
-      const T* rows = image + (top + u0 * p.dil_h) * in.stride_h - p.pad_w * in.stride_w;
-      float* acc = sums + g * taps * L + u0 * p.kernel_w * kLanes<float>;
-      const auto add = [&](auto grad, auto in_rows, float* to) {
-        correlate_in_place<decltype(grad)>(to, p.kernel_w,
-                                           {grad, in_rows, in.stride_h * p.dil_h, u1 - u0, p.out_width,
-                                            p.width, p.stride_w, taps * kLanes<float>, steps});
-      };
-#if LKCONV_VECTOR_REGISTERS >= 32
-      if constexpr (kFloatParts<T> == 1)
-        if (together == 2) {
-          add(GroupsPointer{grads}, GroupsPointer{rows}, acc);
-          continue;
-        }
-#endif
-      const int64_t below = in.stride_h * p.stride_h;
-      add(part_pointer<Product, 0>(grads, grad.stride_h), part_pointer<Product, 0>(rows, below), acc);
-      if constexpr (kFloatParts<T> == 2)
-        add(part_pointer<Product, 1>(grads, grad.stride_h), part_pointer<Product, 1>(rows, below),
-            acc + taps * kLanes<float>);
+      correlate_rows_of_image<decltype(product)>(p, at, y, u0, u1, 1, together, ahead);
     }
   });
 }

@@ -29,10 +29,12 @@ LKCONV_INLINE Ahead requests_ahead(const Geometry& p, DType dtype) {
 }
 
 // The same for backward_weight, which writes little: rows of bfloat16 take longer than memory does.
-constexpr int64_t kWeightAheadBytes[2] = {8 << 20, 12 << 20}, kHalfWeightAheadBytes = 64 << 20;
+constexpr int64_t kWeightAheadBytes = 16 << 20, kHalfWeightAheadBytes = 64 << 20;
+constexpr int64_t kStridedWeightAheadBytes[2] = {8 << 20, 12 << 20};
 LKCONV_INLINE bool requests_weight_rows(const Geometry& p, DType dtype) {
   const int64_t pixel = p.channels * dtype_size(dtype), bytes = bytes_of_tensors(p, dtype_size(dtype));
-  return bytes >= (dtype == DType::bf16 ? kHalfWeightAheadBytes : kWeightAheadBytes[pixel >= kFarPixelBytes]);
+  if (dtype == DType::bf16) return bytes >= kHalfWeightAheadBytes;
+  return bytes >= (p.stride_w == 1 ? kWeightAheadBytes : kStridedWeightAheadBytes[pixel >= kFarPixelBytes]);
 }
 
 // Whether planes that direct sums copy to scratch are asked for ahead, 16 at a time: while the tensors stay

@@ -161,7 +161,8 @@ struct PlanarWeightSizes {
   int64_t sums, bytes;
 };
 PlanarWeightSizes planar_weight_sizes(const Geometry& g, int64_t lanes);
-constexpr int64_t kTapColumnBytes = 5 * int64_t(sizeof(uint32_t));  // of a TapColumn of planar_weight_strided.h
+constexpr int64_t kTapColumnBytes =
+    5 * int64_t(sizeof(uint32_t));  // of a TapColumn of planar_weight_strided.h
 
 // planar_weight_flat.h: kernel rows whose sums registers hold, and its scratch: floats of one channel's sums,
 // bytes of the rest.

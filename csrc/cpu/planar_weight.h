@@ -17,8 +17,8 @@ void weight_planar_by(const WeightProblem& p, const Plan& plan, float* partial, 
 template <class T>
 void weight_planar_of(const WeightProblem& p, const Plan& plan, float* partial, int64_t task0,
                       int64_t task1) {
-  (p.stride_w == 1 ? weight_planar_by<SweepWeightTask<T>> : weight_planar_by<StridedWeightTask<T>>)(
-      p, plan, partial, task0, task1);
+  (p.stride_w == 1 ? weight_planar_by<SweepWeightTask<T>>
+                   : weight_planar_by<StridedWeightTask<T>>)(p, plan, partial, task0, task1);
 }
 
 // Task = (group of channels, split of the batch).

@@ -1,5 +1,4 @@
 // backward_weight along the rows of a plane: how planar_weight.h and planar_weight_flat.h sum it.
-#include <cstdlib>
 #include "costs.h"
 #include "planar_plan.h"
 
@@ -13,8 +12,8 @@ constexpr double kWeightLatency = 4;  // products that must be under way
 constexpr double kStridedPixels = 0.9, kWeightBlock = 10, kWeightCall = 45, kWeightVector = 3;
 // A product, a row of pixels and a load of a sweep, where loads are more than products; a vector of columns,
 // one of pixels or outputs, and 16 taps of a channel.
-constexpr double kSweptProduct = 0.44, kSweptRow = 0.56, kSweptLoad = 1.35, kSweptColumn = 48, kSweptVector = 2.3,
-                 kSweptTaps = 170;
+constexpr double kSweptProduct = 0.44, kSweptRow = 0.56, kSweptLoad = 1.35, kSweptColumn = 48,
+                 kSweptVector = 2.3, kSweptTaps = 170;
 constexpr double kFlatWeightProduct = 0.5, kFlatWeightLoad = 0.2, kFlatWeightVector = 3.8,
                  kFlatWeightEdge = 0.9, kFlatWeightPlane = 24, kFlatWeightCall = 3, kFlatWeightPixel = 0.0012;
 // By measurement, where blocks of rows and vectors of pixels take as long.
@@ -70,7 +69,8 @@ double cycles_of_sweeps(const Geometry& g, const Plan& p) {
     cycles += across * (kSweptProduct * products + calls * (kSweptRow * steps + kSweptColumn * sweeps) +
                         kSweptLoad * std::max(0.0, loads - 0.5 * products));
   }
-  const double taps = double(ceil_div(g.kernel_h * g.kernel_w, p.lanes)) / double(std::max<int64_t>(1, g.batch));
+  const double taps =
+      double(ceil_div(g.kernel_h * g.kernel_w, p.lanes)) / double(std::max<int64_t>(1, g.batch));
   return kWeightScale * (cycles + kSweptTaps * taps + kSweptVector * vectors_of_both(g, p));
 }
 
@@ -113,9 +113,9 @@ const char* row_weight_plan(const Geometry& g, DType dtype, Plan& plan) {
   if (unit) {
     const int64_t row = (g.width + g.out_width) * dtype_size(dtype);
     const bool far = g.kernel_h <= 3 && bytes_of_tensors(g, dtype_size(dtype)) > kCachedBytes;
-    const int64_t most = std::clamp<int64_t>((far ? kFarWeightTileBytes : kWeightTileBytes) /
-                                                 std::max<int64_t>(1, row),
-                                             g.dil_h, std::max(g.dil_h, kLongestWeightSum));
+    const int64_t most =
+        std::clamp<int64_t>((far ? kFarWeightTileBytes : kWeightTileBytes) / std::max<int64_t>(1, row),
+                            g.dil_h, std::max(g.dil_h, kLongestWeightSum));
     plan.tile_h = even_part(std::max<int64_t>(1, g.out_height), most);
   } else {
     const int64_t blocks = std::max<int64_t>(1, kLongestWeightSum / (kWeightBlockRows * across));
@@ -154,9 +154,9 @@ const char* planar_weight_plan(const Geometry& g, DType dtype, const Machine& m,
   if (m.isa < Isa::avx512) return "its backward_weight needs masked loads: AVX-512";
   if (dtype != DType::f32 && dtype != DType::bf16) return "its backward_weight reads float32 and bfloat16";
   Plan flat = plan;
-  const bool counted = !getenv("NOFLAT") && flat_weight_plan(g, dtype, m, flat);
+  const bool counted = flat_weight_plan(g, dtype, m, flat);
   const char* declined = row_weight_plan(g, dtype, plan);
-  if (counted && (declined || getenv("FLATONLY") || flat.cycles < plan.cycles)) plan = flat, declined = nullptr;
+  if (counted && (declined || flat.cycles < plan.cycles)) plan = flat, declined = nullptr;
   plan.cycles *= costs_on(m).planar;
   return declined;
 }

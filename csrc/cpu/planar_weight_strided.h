@@ -45,8 +45,8 @@ LKCONV_INLINE Vec<float> shifted(Vec<float> a, Vec<float> b) {
   return (Vec<float>)_mm512_alignr_epi32((__m512i)b, (__m512i)a, kFrom);
 }
 template <int V, int... v>
-LKCONV_INLINE void shift_columns(Vec<float> (&p)[V], const Vec<float> (&first)[2], const Vec<float> (&next)[2],
-                                 std::integer_sequence<int, v...>) {
+LKCONV_INLINE void shift_columns(Vec<float> (&p)[V], const Vec<float> (&first)[2],
+                                 const Vec<float> (&next)[2], std::integer_sequence<int, v...>) {
   ((p[v] = shifted<v / 2>(first[v % 2], next[v % 2])), ...);
 }
 
@@ -109,11 +109,9 @@ LKCONV_INLINE void correlate_planes_image(Vec<float> (&a)[K][V], const PlanePair
       const ElementMask outputs = first_elements(std::min<int64_t>(L, r.columns - x));
       const uint32_t inside = in_register(rows_inside);
       if (rows == Y)
-        correlate_planes_block<true, K, V>(a, grad, r.grad_row, rows, outputs, in, r.in_row, inside,
-                                                    taps);
+        correlate_planes_block<true, K, V>(a, grad, r.grad_row, rows, outputs, in, r.in_row, inside, taps);
       else
-        correlate_planes_block<false, K, V>(a, grad, r.grad_row, rows, outputs, in, r.in_row, inside,
-                                                     taps);
+        correlate_planes_block<false, K, V>(a, grad, r.grad_row, rows, outputs, in, r.in_row, inside, taps);
     }
   }
 }
@@ -143,8 +141,7 @@ template <class T>
 LKCONV_INLINE PlaneKernel<T>* plane_kernel(int64_t rows, int64_t columns) {
   const auto of = [&](auto k) {
     constexpr int K = decltype(k)::value;
-    return plane_kernels<T, K>(
-        std::make_integer_sequence<int, int(weight_columns(K))>())[columns - 1];
+    return plane_kernels<T, K>(std::make_integer_sequence<int, int(weight_columns(K))>())[columns - 1];
   };
   return rows == 1   ? of(std::integral_constant<int, 1>())
          : rows == 2 ? of(std::integral_constant<int, 2>())

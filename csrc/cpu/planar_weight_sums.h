@@ -1,5 +1,5 @@
-// What the sums of backward_weight along the rows of a plane share: lanes that leave products out, and the way
-// from a vector of sums for each tap to the gradient's layout.
+// What the sums of backward_weight along the rows of a plane share: lanes that leave products out, and the
+// way from a vector of sums for each tap to the gradient's layout.
 #pragma once
 
 #include "planar_strided.h"

@@ -1,8 +1,8 @@
-// backward_weight of tensors whose rows are read in place, at a stride of 1: lanes are neighbouring outputs of
-// a row, sums belong to taps and stay in registers while a sweep goes down the rows of a vector of columns. A
-// row of pixels meets K rows of outputs, which registers keep until it has passed: V + 1 loads for the K V
-// multiply-adds of K kernel rows by V columns. Pixels that do not exist are masked out of the products, so
-// that none with the halo's zeros is formed. Rows of a dilated kernel are swept apart.
+// backward_weight of tensors whose rows are read in place, at a stride of 1: lanes are neighbouring outputs
+// of a row, sums belong to taps and stay in registers while a sweep goes down the rows of a vector of
+// columns. A row of pixels meets K rows of outputs, which registers keep until it has passed: V + 1 loads for
+// the K V multiply-adds of K kernel rows by V columns. Pixels that do not exist are masked out of the
+// products, so that none with the halo's zeros is formed. Rows of a dilated kernel are swept apart.
 #pragma once
 
 #include "planar_weight_sums.h"
@@ -35,9 +35,9 @@ struct SweptPair {
   const T *grad, *in;
   int64_t images, grad_image, in_image;
   int64_t grad_row, in_row;
-  int64_t begin, end;     // of the rows of pixels that rows - 1 + K steps from `in` on reach, those of the image
-  int64_t rows, columns;  // of grad_output
-  int64_t column;         // pixels from one column of taps to the next
+  int64_t begin, end;  // of the rows of pixels that rows - 1 + K steps from `in` on reach, those of the image
+  int64_t rows, columns;     // of grad_output
+  int64_t column;            // pixels from one column of taps to the next
   const ElementMask* pairs;  // [vector of columns][kernel_w], from the first column of this call on
   int64_t pairs_of_vector;
   float* sums;  // [kernel rows][kernel_w] vectors
@@ -61,12 +61,14 @@ LKCONV_INLINE void add_pixel_row(Vec<float> (&a)[K][V], const Vec<float> (&g)[K]
 // The same for the first rows of pixels, which meet the first `count` kernel rows, and for the last ones.
 template <int K, int V, class T, int... n>
 LKCONV_INLINE void add_first_row(Vec<float> (&a)[K][V], const Vec<float> (&g)[K], const T* in, int64_t column,
-                                 const ElementMask (&pairs)[V], int64_t count, std::integer_sequence<int, n...>) {
+                                 const ElementMask (&pairs)[V], int64_t count,
+                                 std::integer_sequence<int, n...>) {
   (void)((count == n + 1 && (add_pixel_row<0, n + 1>(a, g, in, column, pairs), true)) || ...);
 }
 template <int K, int V, class T, int... n>
 LKCONV_INLINE void add_last_row(Vec<float> (&a)[K][V], const Vec<float> (&g)[K], const T* in, int64_t column,
-                                const ElementMask (&pairs)[V], int64_t count, std::integer_sequence<int, n...>) {
+                                const ElementMask (&pairs)[V], int64_t count,
+                                std::integer_sequence<int, n...>) {
   (void)((count == n + 1 && (add_pixel_row<K - n - 1, K>(a, g, in, column, pairs), true)) || ...);
 }
 
@@ -164,9 +166,7 @@ LKCONV_INLINE SweepWeightKernel<T>* sweep_weight_kernel(int64_t rows, int64_t co
 template <class T>
 class SweepWeightTask {
  public:
-  SweepWeightTask(const WeightProblem& p, const Plan& plan)
-      : p_(p),
-        plan_(plan) {
+  SweepWeightTask(const WeightProblem& p, const Plan& plan) : p_(p), plan_(plan) {
     constexpr int64_t L = kLanes<float>;
     const PlanarWeightSizes s = planar_weight_sizes(p, plan.lanes);
     char* at = static_cast<char*>(thread_scratch_bytes(size_t(s.bytes)));
@@ -200,7 +200,8 @@ class SweepWeightTask {
  private:
   static constexpr int64_t kAheadBytes = 8 << 10;  // at least so far, if planes are smaller
 
-  // Tiles of rows, their rows of a dilated kernel, and as many columns as a lane may add up, are summed apart.
+  // Tiles of rows, their rows of a dilated kernel, and as many columns as a lane may add up, are summed
+  // apart.
   void add_planes(int64_t n, int64_t images, int64_t c, float* sums) const {
     constexpr int64_t L = kLanes<float>;
     const T* in = element<T>(p_.input, n, c / p_.channel_div, 0);
@@ -233,7 +234,8 @@ class SweepWeightTask {
       k = std::min(part, p_.kernel_h - u);
       const int64_t first = top + u * p_.dil_h, steps = r.rows + k - 1;
       r.begin = std::clamp<int64_t>(ceil_div(std::max<int64_t>(0, -first), p_.dil_h), 0, steps);
-      r.end = std::clamp<int64_t>(ceil_div(std::max<int64_t>(0, p_.height - first), p_.dil_h), r.begin, steps);
+      r.end =
+          std::clamp<int64_t>(ceil_div(std::max<int64_t>(0, p_.height - first), p_.dil_h), r.begin, steps);
       const int64_t width = even_part(p_.kernel_w, swept_weight_columns(k));
       for (int64_t v = 0, count; v < p_.kernel_w; v += count) {
         count = std::min(width, p_.kernel_w - v);
