@@ -255,9 +255,9 @@ void correlate_tile_in_place(const WeightProblem& p, const ImageGroup<T>& group,
   }
 }
 
-// Rows of grad_output that one group sums before the next one does: few where memory is asked for, the rows
-// that follow; else as many as stay near.
-constexpr int64_t kAskingRows = 4, kTilePixels = 800;
+// Outputs that one group sums in registers before the next one does, so that no sum grows long, and rows of
+// them where memory is asked for: the rows that follow.
+constexpr int64_t kLongestRowSum = 256, kAskingRows = 4;
 
 // The sums of one image for `count` groups from channel c0 on, whose elements are next to each other,
 // `together` groups at a time.
@@ -271,7 +271,8 @@ void correlate_image_in_place(const WeightProblem& p, float* sums, int64_t count
     return ImageGroup<T>{n, std::min(c0 + g * L, p.channels - L), sums + g * taps * L};
   };
   if (kRegisters >= 32 && p.stride_w == 1) {
-    const int64_t rows = request ? kAskingRows : std::max(kAskingRows, kTilePixels / p.out_width);
+    const int64_t most = std::max<int64_t>(1, kLongestRowSum / (p.out_width * kRowsTogether)) * kRowsTogether,
+                  rows = request ? std::min(most, kAskingRows) : most;
     for (int64_t y = 0, end; y < p.out_height; y = end) {
       end = std::min(y + rows, p.out_height);
       for (int64_t g = 0; g < count; ++g) {
