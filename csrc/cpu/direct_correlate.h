@@ -93,12 +93,12 @@ LKCONV_INLINE void correlate_pixel(Value (&a)[U][V], Pixels grad, Pixels in, int
       if (v >= v0 && v < v1) Product::add(a[u][v], d, Product::value(load(in + v * steps.in())));
 }
 
-// acc[u][v] += sum over x < n of grad[x] * in[u][x + v], B values of x at a time. With kHalo the row of grad
+// acc[u][v] += sum over x < n of grad[x] * in[u][x + v], 4 values of x at a time. With kHalo the row of grad
 // is as wide as the image, and V / 2 pixels at either end of `in` are halo, which is not read.
-template <class Product, class T, int U, int V, int B, bool kHalo, class Pixels, class Steps>
-LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, Pixels grad, Pixels in, int64_t in_row, int64_t n,
-                                  const Steps& steps) {
-  constexpr int L = kLanes<T>, P = kHalo ? V / 2 : 0;
+template <class Product, class T, int U, int V, bool kHalo, class Pixels, class Steps>
+LKCONV_INLINE void correlate_blocks(T* acc, int64_t acc_row, Pixels grad, Pixels in, int64_t in_row,
+                                    int64_t n, const Steps& steps) {
+  constexpr int L = kLanes<T>, P = kHalo ? V / 2 : 0, B = 4;
   const int64_t dg = steps.grad(), di = steps.in();
   Vec<T> a[U][V] = {};
   int64_t x = 0;
@@ -117,8 +117,6 @@ LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, Pixels grad, Pixels i
     correlate_block<Product, T, B, 0, P>(a, grad + x * dg, in + x * di, in_row, steps);
     x = n;
   }
-  for (; B > 4 && x + 4 + P <= n; x += 4)
-    correlate_block<Product, T, 4, 0, 0>(a, grad + x * dg, in + x * di, in_row, steps);
   for (; x < n; ++x)
     correlate_pixel<Product, Vec<T>>(a, grad + x * dg, in + x * di, in_row, 0, kHalo ? n + P - x : V, steps);
 #pragma GCC unroll 4
@@ -164,8 +162,7 @@ LKCONV_INLINE void sweep_last_pixels(Vec<T> (&a)[U][V], Vec<T> (&d)[V], Pixels& 
    ...);
 }
 
-// a[u][v] += sum over x < n of grad[x] * in[u][x + v]; see correlate_unit for kHalo. At least V pixels that
-// are read.
+// a[u][v] += sum over x < n of grad[x] * in[u][x + v]; see correlate_blocks for kHalo. n is at least V.
 template <class Product, class T, int U, int V, bool kHalo, class Pixels, class Steps>
 LKCONV_INLINE void sweep_row(Vec<T> (&a)[U][V], Pixels grad, Pixels in, int64_t in_row, int64_t n,
                              const Steps& steps) {
@@ -210,15 +207,16 @@ LKCONV_INLINE void sweep_rows(T* acc, int64_t acc_row, Pixels grad, Pixels in, i
     }
 }
 
+// The same for rows of any length, and for processors with few registers, which are given single rows.
 template <class Product, class T, int U, int V, bool kHalo, class Pixels, class Steps>
 LKCONV_INLINE void correlate_unit(T* acc, int64_t acc_row, Pixels grad, Pixels in, int64_t in_row, int64_t n,
                                   const Steps& steps, const RowSteps& rows = {1, 0, 0}) {
-  if constexpr (kRegisters < 32)  // which are asked for single rows
-    return correlate_unit<Product, T, U, V, 4, kHalo>(acc, acc_row, grad, in, in_row, n, steps);
+  if constexpr (kRegisters < 32)
+    return correlate_blocks<Product, T, U, V, kHalo>(acc, acc_row, grad, in, in_row, n, steps);
   if (n >= V) return sweep_rows<Product, T, U, V, kHalo>(acc, acc_row, grad, in, in_row, n, rows, steps);
   for (int64_t y = 0; y < rows.rows; ++y)
-    correlate_unit<Product, T, U, V, 4, kHalo>(acc, acc_row, grad + y * rows.grad, in + y * rows.in, in_row,
-                                               n, steps);
+    correlate_blocks<Product, T, U, V, kHalo>(acc, acc_row, grad + y * rows.grad, in + y * rows.in, in_row, n,
+                                              steps);
 }
 
 // The same for any stride and dilation.

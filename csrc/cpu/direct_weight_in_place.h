@@ -181,7 +181,8 @@ struct ImageGroup {
   float* sums;
 };
 
-// Adds the products of `next.rows` rows of grad_output from y on, kRows apart, with kernel rows [u0, u1).
+// Adds the products of kernel rows [u0, u1) with `rows` rows of grad_output from y on, or so many pairs of
+// rows.
 template <class Product, class T>
 LKCONV_INLINE void correlate_rows_of_image(const WeightProblem& p, const ImageGroup<T>& group, int64_t y,
                                            int64_t u0, int64_t u1, int64_t rows, int64_t together,

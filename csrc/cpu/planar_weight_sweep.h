@@ -180,7 +180,15 @@ class SweepWeightTask {
     place_requests();
   }
 
-  // The next planes, or rows if planes are read in tiles; not of small tensors.
+  void run(float* partial, int64_t task) const {
+    sum_planes(p_, plan_, sums_, sums_of_channel_, partial, task,
+               [this](int64_t n, int64_t images, int64_t c, float* sums) { add_planes(n, images, c, sums); });
+  }
+
+ private:
+  static constexpr int64_t kAheadBytes = 8 << 10;  // at least so far, if planes are smaller
+
+  // The next planes, or rows if planes are large; nothing of small tensors.
   void place_requests() {
     const int64_t planes = p_.batch * p_.channels, in = p_.height * p_.width,
                   grad = p_.out_height * p_.out_width;
@@ -191,14 +199,6 @@ class SweepWeightTask {
     };
     ahead_in_ = distance(p_.input, in), ahead_grad_ = distance(p_.grad_output, grad);
   }
-
-  void run(float* partial, int64_t task) const {
-    sum_planes(p_, plan_, sums_, sums_of_channel_, partial, task,
-               [this](int64_t n, int64_t images, int64_t c, float* sums) { add_planes(n, images, c, sums); });
-  }
-
- private:
-  static constexpr int64_t kAheadBytes = 8 << 10;  // at least so far, if planes are smaller
 
   // Tiles of rows, their rows of a dilated kernel, and as many columns as a lane may add up, are summed
   // apart.
