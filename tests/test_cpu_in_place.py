@@ -71,6 +71,9 @@ CHANNELS_LAST = [
     same((2, 33, 7, 7), (5, 5), dilation=(2, 2)),
     same((1, 32, 4, 9), (3, 3), dilation=(1, 4)),
     same((1, 32, 3, 24), (5, 5)),
+    # Sums of more rows than registers keep for one lane, and of a row that is longer still.
+    same((1, 32, 40, 28), (7, 7)),
+    same((1, 33, 5, 300), (5, 3), bias=False),
     # Tall strips, whose rows and columns are exchanged.
     same((2, 64, 14, 9), (27, 1)),
     same((1, 1, 14, 9), (13, 1)),
@@ -139,8 +142,10 @@ CONTIGUOUS = [
     same((1, 48, 12, 12), (3, 3), dilation=(2, 2)),
     same((1, 40, 6, 9), (1, 9)),
     Case((1, 20, 9, 9), (5, 5), padding=(2, 2), multiplier=2),
-    # Large enough to ask for planes ahead.
+    # Large enough to ask for planes ahead; planes that are summed in tiles.
     same((3, 40, 60, 60), (3, 3)),
+    same((1, 3, 600, 130), (7, 7), bias=False),
+    same((1, 2, 530, 150), (5, 5), dilation=(3, 2)),
 ]
 
 # Planes whose outputs are counted through: every kernel of that kind, with planes of less than a vector and
@@ -162,6 +167,7 @@ FLAT = [
     same((3, 19, 28, 28), (3, 3)),
     same((9, 18, 28, 28), (5, 5), bias=False),  # weight gradients of more images than a lane adds up
     same((2, 3, 28, 28), (3, 3), dilation=(3, 3)),
+    same((8, 3, 20, 20), (3, 3), dilation=(4, 4)),
 ]
 
 # Rows and columns of taps: kernels whose windows all hold the whole line, and others; one block and several,
@@ -230,7 +236,8 @@ def test_strips(case, layout, dtype, pass_name):
 @all_passes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_rows_that_are_asked_for_ahead(stride, dtype, pass_name):
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_rows_that_are_asked_for_ahead(layout, stride, dtype, pass_name):
     size = (2, 48, 190, 190) if dtype == torch.float32 else (2, 96, 190, 190)
     case = Case(size, (3, 3), padding=(1, 1), stride=(stride, stride))
-    accuracy.check(pass_name, case, cases.make_tensors(case, dtype, "channels_last"))
+    accuracy.check(pass_name, case, cases.make_tensors(case, dtype, layout))
