@@ -258,7 +258,7 @@ void correlate_tile_in_place(const WeightProblem& p, const ImageGroup<T>& group,
 
 // Outputs that one group sums in registers before the next one does, so that no sum grows long, and rows of
 // them where memory is asked for: the rows that follow.
-constexpr int64_t kLongestRowSum = 256, kAskingRows = 4;
+constexpr int64_t kLongestRowSum = 64, kAskingRows = 4;
 
 // The sums of one image for `count` groups from channel c0 on, whose elements are next to each other,
 // `together` groups at a time.
