@@ -98,7 +98,7 @@ LKCONV_INLINE void correlate_pixel(Value (&a)[U][V], Pixels grad, Pixels in, int
 template <class Product, class T, int U, int V, bool kHalo, class Pixels, class Steps>
 LKCONV_INLINE void correlate_blocks(T* acc, int64_t acc_row, Pixels grad, Pixels in, int64_t in_row,
                                     int64_t n, const Steps& steps) {
-  constexpr int L = kLanes<T>, P = kHalo ? V / 2 : 0, B = 4;
+  constexpr int P = kHalo ? V / 2 : 0, B = 4;
   const int64_t dg = steps.grad(), di = steps.in();
   Vec<T> a[U][V] = {};
   int64_t x = 0;
@@ -119,10 +119,7 @@ LKCONV_INLINE void correlate_blocks(T* acc, int64_t acc_row, Pixels grad, Pixels
   }
   for (; x < n; ++x)
     correlate_pixel<Product, Vec<T>>(a, grad + x * dg, in + x * di, in_row, 0, kHalo ? n + P - x : V, steps);
-#pragma GCC unroll 4
-  for (int u = 0; u < U; ++u)
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) store(acc + u * acc_row + v * L, load(acc + u * acc_row + v * L) + a[u][v]);
+  add_sums(acc, acc_row, a);
 }
 
 // A sweep takes the pixels of a row one after the other. A pixel meets the V values of grad that registers
@@ -198,13 +195,7 @@ LKCONV_INLINE void sweep_rows(T* acc, int64_t acc_row, Pixels grad, Pixels in, i
   Vec<T> a[U][V] = {};
   for (int64_t y = 0; y < rows.rows; ++y)
     sweep_row<Product, T, U, V, kHalo>(a, grad + y * rows.grad, in + y * rows.in, in_row, n, steps);
-#pragma GCC unroll 8
-  for (int u = 0; u < U; ++u)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      T* to = acc + u * acc_row + v * kLanes<T>;
-      store(to, load(to) + a[u][v]);
-    }
+  add_sums(acc, acc_row, a);
 }
 
 // The same for rows of any length, and for processors with few registers, which are given single rows.
@@ -233,10 +224,7 @@ LKCONV_INLINE void correlate_strided(T* acc, int64_t acc_row, const T* grad, con
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) a[u][v] += d * load(row + v * dil * L);
   }
-#pragma GCC unroll 4
-  for (int u = 0; u < U; ++u)
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) store(acc + u * acc_row + v * L, load(acc + u * acc_row + v * L) + a[u][v]);
+  add_sums(acc, acc_row, a);
 }
 
 // Kernel rows handled together: enough independent sums to hide the latency of a multiply-add, and with 32
@@ -245,15 +233,12 @@ constexpr int rows_together(int taps) {
   if (kRegisters < 32) return taps <= 3 ? 3 : taps <= 5 ? 2 : 1;
   return taps <= 5 ? 5 : taps <= 7 ? 3 : 2;
 }
-// Of `left` rows, those of the next part: single rows are few sums.
-constexpr int64_t next_rows(int64_t left, int64_t most) {
-  return left == 4 && most < 5 ? std::min<int64_t>(most, 2) : std::min(most, left);
-}
-// Calls each(u, part) for `rows` kernel rows in parts of at most kMost, whose size is a constant.
+// Calls each(u, part) for `rows` kernel rows in even parts of at most kMost, whose size is a constant: single
+// rows are few sums.
 template <int kMost, class Each>
 LKCONV_INLINE void for_rows_together(int64_t rows, Each&& each) {
   for (int64_t u = 0, part; u < rows; u += part) {
-    part = next_rows(rows - u, kMost);
+    part = even_part(rows - u, kMost);
     if constexpr (kMost >= 5) {
       if (part == 4) each(u, std::integral_constant<int, 4>());
       if (part == 5) each(u, std::integral_constant<int, 5>());

@@ -238,7 +238,7 @@ void correlate_tile_in_place(const WeightProblem& p, const ImageGroup<T>& group,
   RowsAhead nothing;
   const int64_t most = rows_together(int(p.kernel_w));
   for (int64_t u = 0, k; u < p.kernel_h; u += k) {
-    k = next_rows(p.kernel_h - u, most);
+    k = even_part(p.kernel_h - u, most);
     const int64_t top = p.pad_h - u * p.dil_h, bottom = p.height + p.pad_h - (u + k - 1) * p.dil_h;
     const int64_t a = std::clamp(ceil_div(std::max<int64_t>(0, top), p.stride_h), y0, y1);
     int64_t b = std::clamp(ceil_div(std::max<int64_t>(0, bottom), p.stride_h), a, y1);
@@ -256,9 +256,10 @@ void correlate_tile_in_place(const WeightProblem& p, const ImageGroup<T>& group,
   }
 }
 
-// Outputs that one group sums in registers before the next one does, so that no sum grows long, and rows of
-// them where memory is asked for: the rows that follow.
-constexpr int64_t kLongestRowSum = 64, kAskingRows = 4;
+// Outputs that one group sums in registers before the next one does, so that no sum grows long: of floats,
+// and of bfloat16, whose gradients are rounded more than longer sums are. Rows of them where memory is asked
+// for: the rows that follow.
+constexpr int64_t kLongestRowSum = 64, kLongestHalfRowSum = 256, kAskingRows = 4;
 
 // The sums of one image for `count` groups from channel c0 on, whose elements are next to each other,
 // `together` groups at a time.
@@ -272,7 +273,8 @@ void correlate_image_in_place(const WeightProblem& p, float* sums, int64_t count
     return ImageGroup<T>{n, std::min(c0 + g * L, p.channels - L), sums + g * taps * L};
   };
   if (kRegisters >= 32 && p.stride_w == 1) {
-    const int64_t most = std::max<int64_t>(1, kLongestRowSum / (p.out_width * kRowsTogether)) * kRowsTogether,
+    constexpr int64_t kLongest = kFloatParts<T> == 1 ? kLongestRowSum : kLongestHalfRowSum;
+    const int64_t most = std::max<int64_t>(1, kLongest / (p.out_width * kRowsTogether)) * kRowsTogether,
                   rows = request ? std::min(most, kAskingRows) : most;
     for (int64_t y = 0, end; y < p.out_height; y = end) {
       end = std::min(y + rows, p.out_height);

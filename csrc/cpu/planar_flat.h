@@ -72,8 +72,7 @@ struct FlatPlane {
   FlatTaps<T> taps;
   uint32_t* products;  // where taps are kept that registers cannot hold
   float initial;
-  const S*
-      ahead;  // outputs to come, asked for a vector of floats at a time: two instructions beside its sums
+  const S* ahead;  // outputs to come, asked for a vector of floats at a time
   int64_t ahead_step;
 };
 

@@ -87,13 +87,7 @@ void correlate_flat(const FlatPair<T>& r) {
     if (_mm512_cmp_ps_mask((__m512)total, (__m512)total, _CMP_UNORD_Q))
       return correlate_flat<T, K, V, true>(r);
   }
-#pragma GCC unroll 8
-  for (int u = 0; u < K; ++u)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      float* to = r.sums + u * r.sums_of_row + v * kLanes<float>;
-      store(to, load(to) + a[u][v]);
-    }
+  add_sums(r.sums, r.sums_of_row, a);
 }
 
 template <class T>

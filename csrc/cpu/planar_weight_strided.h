@@ -118,16 +118,9 @@ LKCONV_INLINE void correlate_planes_image(Vec<float> (&a)[K][V], const PlanePair
 
 template <class T, int K, int V>
 void correlate_planes(const PlanePair<T>& r) {
-  constexpr int L = kLanes<float>;
   Vec<float> a[K][V] = {};
   for (int64_t n = 0; n < r.images; ++n) correlate_planes_image<K, V>(a, r, n);
-#pragma GCC unroll 4
-  for (int u = 0; u < K; ++u)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      float* to = r.sums + u * r.sums_of_row + v * L;
-      store(to, load(to) + a[u][v]);
-    }
+  add_sums(r.sums, r.sums_of_row, a);
 }
 
 template <class T>

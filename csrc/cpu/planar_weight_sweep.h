@@ -137,13 +137,7 @@ void sweep_weight(const SweptPair<T>& r) {
       sweep_weight_column(a, r, grad + x, in + x, first_elements(std::min<int64_t>(L, r.columns - x)), pairs,
                           ahead);
   }
-#pragma GCC unroll 8
-  for (int u = 0; u < K; ++u)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      float* to = r.sums + u * r.sums_of_row + v * L;
-      store(to, load(to) + a[u][v]);
-    }
+  add_sums(r.sums, r.sums_of_row, a);
 }
 
 template <class T>
@@ -186,8 +180,6 @@ class SweepWeightTask {
   }
 
  private:
-  static constexpr int64_t kAheadBytes = 8 << 10;  // at least so far, if planes are smaller
-
   // The next planes, or rows if planes are large; nothing of small tensors.
   void place_requests() {
     const int64_t planes = p_.batch * p_.channels, in = p_.height * p_.width,
@@ -195,7 +187,7 @@ class SweepWeightTask {
     if ((in + grad) * planes * int64_t(sizeof(T)) < kRequestBytes) return;
     const auto distance = [&](const TensorView& t, int64_t plane) {
       if ((in + grad) * int64_t(sizeof(T)) > kWeightTileBytes) return plan_.tile_h * t.stride_h;
-      return t.stride_c * ceil_div(kAheadBytes, std::max<int64_t>(1, plane) * int64_t(sizeof(T)));
+      return plane_ahead<T>(t, plane);
     };
     ahead_in_ = distance(p_.input, in), ahead_grad_ = distance(p_.grad_output, grad);
   }

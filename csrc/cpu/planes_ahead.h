@@ -5,6 +5,14 @@
 
 namespace lkconv::cpu::LKCONV_ISA {
 
+constexpr int64_t kPlanesAheadBytes = 8 << 10;  // at least so far, if planes are smaller
+// Elements from one plane, of `size` elements, to the one that is asked for meanwhile.
+template <class T>
+int64_t plane_ahead(const TensorView& t, int64_t size) {
+  const int64_t bytes = std::max<int64_t>(1, size) * int64_t(sizeof(T));
+  return t.stride_c * ceil_div(kPlanesAheadBytes, bytes);
+}
+
 template <class T>
 class PlanesAhead {
  public:
@@ -29,17 +37,13 @@ class PlanesAhead {
   }
 
  private:
-  static constexpr int64_t kAheadBytes = 8 << 10;  // at least so far, if planes are smaller
   static constexpr int64_t kLine = 64 / int64_t(sizeof(T));
 
   struct Stream {
     int64_t distance = 0, size = 0, step = 0;  // elements; step: per step, none if 0
     Stream() = default;
     Stream(const TensorView& t, int64_t size, int64_t steps)
-        : distance(t.stride_c * std::max<int64_t>(1, ceil_div(kAheadBytes, std::max<int64_t>(1, size) *
-                                                                               int64_t(sizeof(T))))),
-          size(size),
-          step(round_up(ceil_div(size, steps), kLine)) {}
+        : distance(plane_ahead<T>(t, size)), size(size), step(round_up(ceil_div(size, steps), kLine)) {}
     template <int kWrite>
     LKCONV_INLINE void request(const T* plane, int64_t index) const {
       const T* at = plane + distance;

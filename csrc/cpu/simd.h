@@ -37,6 +37,18 @@ LKCONV_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = v;
 }
 
+// Adds U rows of V vectors to those at `to`, whose rows are `row` elements apart.
+template <class T, int U, int V>
+LKCONV_INLINE void add_sums(T* to, int64_t row, const Vec<T> (&sums)[U][V]) {
+#pragma GCC unroll 16
+  for (int u = 0; u < U; ++u)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      T* at = to + u * row + v * kLanes<T>;
+      store(at, load(at) + sums[u][v]);
+    }
+}
+
 // Keeps a loaded value in its register: compilers otherwise fold the load into every use and load it again.
 template <class V>
 LKCONV_INLINE void keep(V& v) {
